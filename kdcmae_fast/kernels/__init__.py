@@ -1,0 +1,30 @@
+"""The public op API. Importing it needs torch only: no Triton, no DeepSpeed, no GPU."""
+
+from pathlib import Path
+
+# In a checkout the op folders are in the top-level kernels/; in a wheel they are already here.
+# csrc/ tells the two apart: beside an installed wheel, `kernels` would be somebody else's package.
+_root = Path(__file__).parents[2]
+if (_root / "csrc").is_dir():
+    __path__.append(str(_root / "kernels"))
+
+from .attention import attention
+from .common import backends
+from .contrastive import info_nce
+from .distillation import distillation_loss
+from .masking import MaskPlan, complementary_masks
+from .reconstruction import masked_reconstruction_loss
+from .tokens import assemble_decoder_input, embed_visible_patches, gather_tokens
+
+__all__ = [
+    "MaskPlan",
+    "assemble_decoder_input",
+    "attention",
+    "backends",
+    "complementary_masks",
+    "distillation_loss",
+    "embed_visible_patches",
+    "gather_tokens",
+    "info_nce",
+    "masked_reconstruction_loss",
+]

@@ -1,0 +1,112 @@
+"""Which implementation of an op runs: `impl="auto"` decides here, and `backends()` says why.
+
+Every family registers its ops with `register_op`; every public function calls `resolve` once.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from typing import NamedTuple
+
+import torch
+
+log = logging.getLogger("kdcmae_fast.kernels")
+
+IMPLS = ("torch", "cpp", "triton", "cuda")
+_OPS: dict[str, tuple[str, ...]] = {}
+
+
+class Backend(NamedTuple):
+    """What `impl="auto"` takes for one op on this machine, and why."""
+
+    impl: str
+    reason: str
+
+
+def register_op(op: str, *, impls: tuple[str, ...] = ("torch",)) -> None:
+    """Declare the implementations an op has, fastest first; `torch` is always among them."""
+    if "torch" not in impls or not set(impls) <= set(IMPLS):
+        raise ValueError(f"impls of {op}: {impls} must contain 'torch' and come from {IMPLS}")
+    _OPS[op] = impls
+
+
+def unavailable(op: str, impl: str, device: str) -> str | None:
+    """Why `impl` of `op` cannot run on tensors of this device type; None when it can."""
+    if impl not in _OPS[op]:
+        return f"{op} has no {impl} implementation (it has {', '.join(_OPS[op])})"
+    if impl == "cpp":
+        if device != "cpu":
+            return f"the C++ implementation takes CPU tensors, not {device}"
+        return _extension_problem()
+    if impl == "triton":
+        return _triton_problem(device)
+    if impl == "cuda" and device != "cuda":
+        return f"the CUDA implementation takes CUDA tensors, not {device}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def resolve(op: str, impl: str, device: str) -> str:
+    """The implementation to run for tensors of device type `device` ("cpu", "cuda").
+
+    An explicit `impl` that cannot run raises ValueError with the reason; only "auto" falls back.
+    The environment variable KDCMAE_IMPL replaces "auto" where the op has that implementation.
+    """
+    if impl == "auto":
+        return _automatic(op, device, os.environ.get("KDCMAE_IMPL") or None).impl
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r} is not one of auto, {', '.join(IMPLS)}")
+    problem = unavailable(op, impl, device)
+    if problem:
+        raise ValueError(f"impl={impl!r} of {op} is not available here: {problem}")
+    return impl
+
+
+def backends(device: str | None = None) -> dict[str, Backend]:
+    """For each op: the implementation `impl="auto"` takes on `device`, and why.
+
+    device: "cpu" or "cuda"; by default "cuda" where there is one.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = os.environ.get("KDCMAE_IMPL") or None
+    return {op: _automatic(op, device, wanted) for op in sorted(_OPS)}
+
+
+@functools.cache
+def _automatic(op: str, device: str, wanted: str | None) -> Backend:
+    refused = []
+    order = _OPS[op] if wanted is None else (wanted, *_OPS[op])
+    for impl in order:
+        problem = unavailable(op, impl, device)
+        if problem is None:
+            why = f"KDCMAE_IMPL={wanted}" if impl == wanted else f"fastest available on {device}"
+            return Backend(impl, "; ".join([why, *refused]))
+        refused.append(f"not {impl}: {problem}")
+        if impl in _OPS[op] and impl != "cuda":
+            log.info("%s does not use %s: %s", op, impl, problem)
+    raise AssertionError("unreachable: torch is always available")
+
+
+@functools.cache
+def _extension_problem() -> str | None:
+    try:
+        importlib.import_module("kdcmae_fast._C")
+    except ImportError as error:
+        return (
+            f"kdcmae_fast._C is not built ({error}); with a C++ compiler and torch installed, "
+            "`pip install --no-build-isolation -e .` builds it"
+        )
+    return None
+
+
+def _triton_problem(device: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"Triton kernels take CUDA tensors, not {device} (TRITON_INTERPRET=1 emulates them)"
