@@ -6,12 +6,48 @@ A comment after a field says its unit and what it does; `kdcmae settings` prints
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
+
+STRICT = {"extra": "forbid", "strict": True}  # pydantic: unknown keys and wrong types are errors
+
+
+def _require(condition: bool, message: str) -> None:
+    """ValueError with `message`, which starts with a field's name and value."""
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or value > 0, f"{name}={value}: expected a value above 0")
+
+
+def _require_range(config: object, low: float, high: float, *names: str) -> None:
+    """None passes, nan never does."""
+    for name in names:
+        value = getattr(config, name)
+        _require(
+            value is None or low <= value <= high,
+            f"{name}={value}: expected a value "
+            + (f"of at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"),
+        )
+
+
+def _require_multiple(config: object, name: str, factor: int, reason: str) -> None:
+    value = getattr(config, name)
+    _require(value % factor == 0, f"{name}={value}: expected a multiple of {reason}")
+
+
+def _require_betas(betas: tuple[float, float]) -> None:
+    _require(all(0 <= b < 1 for b in betas), f"betas={list(betas)}: expected two values in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
     """Self-distillation between the views (KDC-MAE); `on="off"` without it."""
+
+    __pydantic_config__: ClassVar[Any] = STRICT
 
     on: Literal["off", "joint", "joint+modality"] = "off"
     distribution: Literal["softmax", "shift", "batch_shift"] = "softmax"
@@ -19,10 +55,19 @@ class DistillConfig:
     temperature: float = 1.0  # of the softmax
     stop_gradient: bool = False  # kl_12 only: no gradient into the first view
 
+    def __post_init__(self) -> None:
+        _require_positive(self, "temperature")
+        _require(
+            not self.stop_gradient or self.divergence == "kl_12",
+            f"stop_gradient=True: needs divergence=kl_12, here it is {self.divergence}",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes, masking and objective of CAV-MAE and KDC-MAE. Defaults: CAV-MAE base."""
+
+    __pydantic_config__: ClassVar[Any] = STRICT
 
     # Inputs
     audio_length: int = 1024  # T, fbank frames of 10 ms
@@ -66,27 +111,70 @@ class ModelConfig:
     activation_checkpointing: bool = False  # recompute blocks in backward to save memory
     attention_impl: Literal["auto", "sdpa", "flash_attn", "xformers", "torch"] = "auto"
 
+    def __post_init__(self) -> None:
+        """ValueError, one line that names the field, for sizes no model can have."""
+        inf = float("inf")
+        sizes = ("audio_length", "num_mel_bins", "img_size")
+        widths = (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads"))
+        _require_positive(self, *sizes, "patch_size", *sum(widths, ()), "mlp_ratio", "temperature")
+        _require_range(self, 1, inf, "num_views", "shared_depth")
+        _require_range(self, 0, inf, "modality_depth", "decoder_depth")
+        weights = ("mae_loss_weight", "contrast_loss_weight", "kd_loss_weight")
+        _require_range(self, 0, inf, *weights)
+        _require_range(self, 0, 1, "mask_ratio", "audio_mask_ratio", "video_mask_ratio")
+        for name in sizes:
+            _require_multiple(self, name, self.patch_size, f"patch_size={self.patch_size}")
+        for width, heads in widths:
+            _require_multiple(self, width, getattr(self, heads), f"{heads}={getattr(self, heads)}")
+            _require_multiple(self, width, 4, "4 (sine-cosine positions over two axes)")
+        self._require_views()
+
+    def _require_views(self) -> None:
+        """Every view keeps a token; complementary views fit side by side; distilling needs two."""
+        patch = self.patch_size
+        tokens = {
+            "audio": (self.num_mel_bins // patch) * (self.audio_length // patch),
+            "video": (self.img_size // patch) ** 2,
+        }
+        for modality, num_tokens in tokens.items():
+            name = f"{modality}_mask_ratio"
+            ratio = getattr(self, name)
+            name, ratio = ("mask_ratio", self.mask_ratio) if ratio is None else (name, ratio)
+            keep = int(num_tokens * (1 - ratio) + 1e-6)
+            _require(keep >= 1, f"{name}={ratio}: leaves none of {num_tokens} {modality} tokens")
+            _require(
+                self.views == "independent" or self.num_views * keep <= num_tokens,
+                f"num_views={self.num_views}: {self.num_views} complementary views of {keep} "
+                f"{modality} tokens do not fit into {num_tokens}; raise {name}={ratio}",
+            )
+        _require(
+            self.distill.on == "off" or self.num_views > 1,
+            f"num_views={self.num_views}: distill.on={self.distill.on} needs two views or more",
+        )
+
 
 PRESETS: dict[str, dict[str, int]] = {
-    "tiny": dict(embed_dim=192, modality_depth=3, num_heads=3,
-                 decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4),
-    "small": dict(embed_dim=384, modality_depth=11, num_heads=6,
-                  decoder_embed_dim=256, decoder_depth=4, decoder_num_heads=8),
-    "base": dict(embed_dim=768, modality_depth=11, num_heads=12,
-                 decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16),
-    "large": dict(embed_dim=1024, modality_depth=23, num_heads=16,
-                  decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16),
+    "tiny": {"embed_dim": 192, "modality_depth": 3, "num_heads": 3,
+             "decoder_embed_dim": 128, "decoder_depth": 2, "decoder_num_heads": 4},
+    "small": {"embed_dim": 384, "modality_depth": 11, "num_heads": 6,
+              "decoder_embed_dim": 256, "decoder_depth": 4, "decoder_num_heads": 8},
+    "base": {"embed_dim": 768, "modality_depth": 11, "num_heads": 12,
+             "decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16},
+    "large": {"embed_dim": 1024, "modality_depth": 23, "num_heads": 16,
+              "decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16},
 }  # fmt: skip
 
 SYSTEMS: dict[str, dict[str, object]] = {
     "cav_mae": {},
-    "kdc_mae": dict(num_views=2, distill=DistillConfig(on="joint")),
+    "kdc_mae": {"num_views": 2, "distill": DistillConfig(on="joint")},
 }  # what makes a system out of the shared model, under every preset
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where clips come from and how they become a batch."""
+
+    __pydantic_config__: ClassVar[Any] = STRICT
 
     source: Literal["synthetic", "manifest", "folder"] = "synthetic"
     path: str = ""  # manifest: JSON file; folder: the folder of videos
@@ -100,10 +188,21 @@ class DataConfig:
     max_bad_share: float = 0.05  # of the clips tried; past it the run stops
     num_workers: int = 2  # loader processes per rank
 
+    def __post_init__(self) -> None:
+        _require_positive(self, "num_clips", "num_frames", "dataset_std")
+        _require_range(self, 0, 1, "max_bad_share")
+        _require_range(self, 0, float("inf"), "num_workers")
+        _require(
+            self.source == "synthetic" or self.path != "",
+            f"path='': data.source={self.source} needs data.path",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Optimizer and learning-rate schedule."""
+
+    __pydantic_config__: ClassVar[Any] = STRICT
 
     name: Literal["adam", "adamw", "lamb", "apex_fused_lamb"] = "adamw"
     lr: float = 2e-4  # peak
@@ -113,13 +212,21 @@ class OptimConfig:
     schedule: Literal["constant", "cosine", "halving"] = "cosine"
     warmup: float = 0.05  # share of all steps, linear
     final_lr: float = 0.1  # cosine: last rate as a share of the peak
-    halving_start: int = 10  # halving: first epoch at half the rate
+    halving_start: int = 10  # halving: first epoch at half the rate, from 0
     halving_every: int = 5  # epochs
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "lr", "eps", "halving_every")
+        _require_range(self, 0, float("inf"), "weight_decay", "halving_start")
+        _require_range(self, 0, 1, "warmup", "final_lr")
+        _require_betas(self.betas)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Length of a run, logging, checkpoints."""
+
+    __pydantic_config__: ClassVar[Any] = STRICT
 
     steps: int | None = None  # optimizer steps; exactly one of steps and epochs
     epochs: int | None = None
@@ -130,10 +237,20 @@ class TrainConfig:
     keep_checkpoints: int = 2  # newest complete ones kept
     wandb: bool = False  # also log to Weights & Biases (must be installed)
 
+    def __post_init__(self) -> None:
+        _require_positive(self, "steps", "epochs", "log_every", "keep_checkpoints")
+        _require_range(self, 0, float("inf"), "seed", "checkpoint_every")
+        _require(
+            self.steps is None or self.epochs is None,
+            f"steps={self.steps}: epochs={self.epochs} is set too; set one of them to null",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole pretraining run."""
+
+    __pydantic_config__: ClassVar[Any] = STRICT
 
     name: str = "kdc_mae"  # system: cav_mae, kdc_mae
     preset: str = "base"  # tiny, small, base, large
@@ -141,3 +258,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for name, known in (("name", SYSTEMS), ("preset", PRESETS)):
+            value = getattr(self, name)
+            _require(value in known, f"{name}={value}: expected one of {', '.join(known)}")

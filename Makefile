@@ -1,0 +1,67 @@
+# make demo    install into .venv, pretrain on the built-in clips, show what came out (CPU: minutes)
+# make test    install into .venv, run the test suite
+# make help    the other targets
+#
+# Settings: PYTHON=python3.12  VENV=.venv  TORCH=torch==2.13.0  TORCH_ARGS="--index-url URL"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_ARGS ?=
+TRITON ?= triton==3.6.0
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RUN := PATH="$(BIN):$$PATH" DS_BUILD_OPS=0
+DEMO ?= runs/demo
+STAMP := $(VENV)/.installed
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint typecheck smoke bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+install: $(STAMP)  ## create .venv and install: torch first, then the project for development
+
+# torch goes first, so that nothing below resolves to another build of it.
+$(STAMP): setup.py pyproject.toml constraints.txt $(CPP)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt "setuptools<81" wheel $(TORCH_ARGS) $(TORCH)
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install --quiet $(TRITON)
+	DS_BUILD_OPS=0 $(PIP) install --quiet -c constraints.txt ninja deepspeed
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $@
+
+demo: install  ## pretrain KDC-MAE on synthetic clips, then retrieval, loss plot, reconstructions
+	rm -rf $(DEMO)
+	$(RUN) deepspeed kdcmae_fast/pretrain.py --ds_config configs/zero2.json --output $(DEMO)
+	$(RUN) kdcmae retrieve --checkpoint $(DEMO)/model --num-clips 100 --output $(DEMO)/retrieval
+	$(RUN) kdcmae reconstruct --checkpoint $(DEMO)/model --output $(DEMO)/reconstructions
+	@echo "Look at: $(DEMO)/loss.png  $(DEMO)/reconstructions/  $(DEMO)/retrieval/metrics.json"
+
+test: install  ## the test suite (CPU, under 10 minutes)
+	$(RUN) $(BIN)/python -m pytest tests
+
+test-slow: install  ## the long multi-process tests that `make test` leaves out
+	$(RUN) $(BIN)/python -m pytest tests -m slow
+
+lint: install  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: install  ## mypy on the package and, apart from it, on the ops
+	$(BIN)/mypy kdcmae_fast
+	cd kernels && $(BIN)/mypy --config-file ../pyproject.toml --namespace-packages .
+
+smoke: install  ## a short DeepSpeed run on two processes
+	rm -rf runs/smoke
+	$(RUN) deepspeed --num_gpus 2 kdcmae_fast/pretrain.py --ds_config configs/zero2.json \
+		--output runs/smoke train.steps=4 train.log_every=1 train.checkpoint_every=2 \
+		ds.train_micro_batch_size_per_gpu=4 data.num_workers=0
+
+bench: install  ## the benchmark suite at toy shapes
+	$(RUN) $(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean:  ## remove build products and runs, keep .venv
+	rm -rf build dist runs *.egg-info kdcmae_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache

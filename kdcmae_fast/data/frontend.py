@@ -1,0 +1,60 @@
+"""`FrontEnd`: a raw batch from the loader becomes a model's `Batch`, on the device."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdcmae_fast.batch import Batch
+from kdcmae_fast.config import DataConfig, ModelConfig
+from kdcmae_fast.data.bad import BadClip
+from kdcmae_fast.data.fbank import kaldi_fbank, remove_mean
+
+
+class RawBatch(NamedTuple):
+    """One rank's clips of one micro step, as they leave the loader. B clips.
+
+    waveforms: (B, N) float32 at 16 kHz, 0 beyond each clip's length. lengths: (B,) int64.
+    frames: (B, 3, H, W) uint8. sample_ids: (B,) int64, positions in the dataset.
+    labels: (B,) int64, -1 unknown. bad: the clips that had to be replaced, in the order tried.
+    """
+
+    waveforms: Tensor
+    lengths: Tensor
+    frames: Tensor
+    sample_ids: Tensor
+    labels: Tensor
+    bad: tuple[BadClip, ...] = ()
+
+
+class FrontEnd:
+    """Filterbank, length and normalisation of CAV-MAE (arXiv 2210.07839) for a whole batch.
+
+    Each clip's mean is removed, its log-mel filterbank computed, cut or filled up with zeros to
+    `audio_length` rows (0 after the log, not silence), then (x - dataset_mean) / dataset_std.
+    Frames stay uint8; the patch embedding normalises them.
+    """
+
+    def __init__(self, data: DataConfig, model: ModelConfig) -> None:
+        if not data.dataset_std > 0:
+            raise ValueError(f"dataset_std={data.dataset_std} must be positive")
+        self.audio_length = model.audio_length
+        self.num_mel_bins = model.num_mel_bins
+        self.mean = data.dataset_mean
+        self.std = data.dataset_std
+
+    def __call__(self, raw: RawBatch, device: torch.device | str | None = None) -> Batch:
+        """Copies `raw` to `device` (None: where it is) and returns its Batch there."""
+        target = raw.waveforms.device if device is None else torch.device(device)
+        waveforms, lengths, frames, sample_ids = (
+            tensor.to(target, non_blocking=True) for tensor in raw[:4]
+        )
+        return Batch(self.fbank(waveforms, lengths), frames, sample_ids)
+
+    def fbank(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """(B, N) at 16 kHz, (B,) or None -> (B, audio_length, num_mel_bins), normalised."""
+        rows = kaldi_fbank(remove_mean(waveforms, lengths), lengths, num_mel_bins=self.num_mel_bins)
+        rows = rows[:, : self.audio_length]
+        missing = self.audio_length - rows.shape[1]
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
+        return rows.sub_(self.mean).div_(self.std)

@@ -1,0 +1,29 @@
+"""`open_dataset`: the dataset that a run's settings name."""
+
+from kdcmae_fast.config import DataConfig, ModelConfig
+from kdcmae_fast.data.clip import ClipDataset
+from kdcmae_fast.data.synthetic import HELDOUT_CLIPS, HELDOUT_START, SyntheticClips
+
+ROW_SECONDS = 0.01  # of one fbank row
+
+
+def open_dataset(
+    data: DataConfig, model: ModelConfig, *, seed: int, split: str = "train"
+) -> ClipDataset:
+    """The clips of `data`, in the model's sizes.
+
+    split: "train", or "heldout" (synthetic clips only: 1000 that are never trained on).
+    """
+    if split not in ("train", "heldout"):
+        raise ValueError(f"split={split!r} must be 'train' or 'heldout'")
+    if data.source == "synthetic":
+        heldout = split == "heldout"
+        return SyntheticClips(
+            HELDOUT_CLIPS if heldout else data.num_clips,
+            seed=seed,
+            img_size=model.img_size,
+            clip_seconds=model.audio_length * ROW_SECONDS,
+            num_frames=data.num_frames,
+            first=HELDOUT_START if heldout else 0,
+        )
+    raise ValueError(f"source={data.source!r} must be 'synthetic', 'manifest' or 'folder'")

@@ -1,0 +1,222 @@
+"""Cross-modal retrieval: where each clip's own pair ranks among all the others, both ways.
+
+One pass over tiles of the similarity matrix counts, for every row and every column, the entries
+above and equal to the true pair's. That gives both directions' ranks in O(N) memory and without
+a sort. Only the tile function knows what a similarity is, so another one (per-frame features and
+their aggregations) needs no other code here.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Ties = Literal["average", "optimistic", "published"]
+Tile = Callable[[slice, slice], Tensor]
+
+RECALL_AT = (1, 5, 10)
+
+# Cosines are computed in fp64, where clips with equal features differ by rounding (1e-15) and
+# unrelated ones by far more: nearer than this is a tie, whatever tile the two fell into.
+TIE_TOLERANCE = 1e-10
+
+
+class PairCounts(NamedTuple):
+    """How the true pair of every query compares with the whole gallery. N queries.
+
+    above: (N,) int64, gallery items that are more similar to the query than its own pair.
+    equal: (N,) int64, items exactly as similar, the pair itself included (0: its score is NaN).
+    """
+
+    above: Tensor
+    equal: Tensor
+
+
+class DirectionScores(NamedTuple):
+    """Retrieval in one direction.
+
+    recall: share of queries whose pair is among the first k, by k.
+    median_rank: 1 is best. mrr: mean of 1 / rank.
+    tied_queries: queries whose pair is exactly as similar as some other item.
+    """
+
+    recall: dict[int, float]
+    median_rank: float
+    mrr: float
+    tied_queries: int
+
+    def named(self) -> dict[str, float]:
+        """The figures under the names the papers use."""
+        recalls = {f"R@{k}": share for k, share in self.recall.items()}
+        return {
+            **recalls,
+            "median_rank": self.median_rank,
+            "mrr": self.mrr,
+            "tied_queries": self.tied_queries,
+        }
+
+
+class RetrievalScores(NamedTuple):
+    """Both directions over the same N clips; `chance` is a random ranking's expectation."""
+
+    audio_to_video: DirectionScores
+    video_to_audio: DirectionScores
+    chance: dict[str, float]
+    num_clips: int
+    ties: Ties
+
+    def named(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {
+            "audio_to_video": self.audio_to_video.named(),
+            "video_to_audio": self.video_to_audio.named(),
+            "chance": self.chance,
+            "num_clips": self.num_clips,
+            "ties": self.ties,
+        }
+
+
+def retrieval_scores(
+    audio: Tensor,
+    video: Tensor,
+    *,
+    ties: Ties = "average",
+    recall_at: tuple[int, ...] = RECALL_AT,
+    tile_size: int = 2048,
+) -> RetrievalScores:
+    """Rank every clip's pair among all N, audio to video and video to audio, by cosine.
+
+    audio, video: (N, D) features, row i of both from clip i; not necessarily normalised.
+    ties: what a query gets whose pair scores exactly as high as e - 1 other items, below g items:
+      "average" rank g + (e + 1) / 2, which constant features cannot exploit; "optimistic" rank
+      g + 1; "published" the CAV-MAE Sync evaluation (arXiv 2505.01237), where the query counts e
+      times, at ranks g + 1 ... g + e, and one whose score is NaN not at all.
+    tile_size: rows and columns of similarities held at once.
+
+    Raises ValueError for shapes that do not pair up, and for non-finite features unless
+    ties="published".
+    """
+    _check(audio, video, ties, recall_at, tile_size)
+    if ties != "published":
+        _check_finite("audio", audio)
+        _check_finite("video", video)
+    rows, columns = count_pairs(cosine_tiles(audio, video), len(audio), tile_size, audio.device)
+    return RetrievalScores(
+        audio_to_video=summarise(rows, ties, recall_at),
+        video_to_audio=summarise(columns, ties, recall_at),
+        chance=chance_level(len(audio), recall_at),
+        num_clips=len(audio),
+        ties=ties,
+    )
+
+
+def cosine_tiles(a: Tensor, b: Tensor) -> Tile:
+    """Tiles of the (N, M) cosine matrix of a (N, D) and b (M, D), in fp64."""
+
+    def tile(rows: slice, columns: slice) -> Tensor:
+        return _unit_rows(a[rows]) @ _unit_rows(b[columns]).T
+
+    return tile
+
+
+def count_pairs(
+    tile: Tile, num_clips: int, tile_size: int, device: torch.device
+) -> tuple[PairCounts, PairCounts]:
+    """Compare each S[i, i] with row i and with column i of an N x N similarity S.
+
+    `tile(rows, columns)` gives S[rows, columns] in fp64. Returns (rows as queries, columns as
+    queries).
+    """
+    blocks = [
+        slice(start, min(start + tile_size, num_clips))
+        for start in range(0, num_clips, tile_size)
+    ]
+    own = torch.cat([tile(block, block).diagonal() for block in blocks])
+    counts = torch.zeros(4, num_clips, dtype=torch.int64, device=device)
+    above_row, equal_row, above_column, equal_column = counts
+    for rows in blocks:
+        for columns in blocks:
+            scores = tile(rows, columns)
+            ahead = scores - own[rows, None]
+            above_row[rows] += (ahead > TIE_TOLERANCE).sum(1)
+            equal_row[rows] += (ahead.abs() <= TIE_TOLERANCE).sum(1)
+            ahead = scores - own[None, columns]
+            above_column[columns] += (ahead > TIE_TOLERANCE).sum(0)
+            equal_column[columns] += (ahead.abs() <= TIE_TOLERANCE).sum(0)
+    return PairCounts(above_row, equal_row), PairCounts(above_column, equal_column)
+
+
+def summarise(counts: PairCounts, ties: Ties, recall_at: tuple[int, ...]) -> DirectionScores:
+    """Recall, median rank and MRR of one direction; see `retrieval_scores` for `ties`."""
+    above, equal = counts.above.cpu().numpy(), counts.equal.cpu().numpy()
+    if ties == "published":
+        ranks, weights = _spread_ranks(above, equal)
+    else:
+        ranks = above + 1 if ties == "optimistic" else above + (equal + 1) / 2
+        weights = np.ones(len(ranks))
+    total = weights.sum()
+    if total == 0:
+        raise ValueError("no query has a finite similarity to its own pair; check the features")
+    return DirectionScores(
+        recall={k: float(weights[ranks <= k].sum() / total) for k in recall_at},
+        median_rank=_weighted_median(ranks, weights),
+        mrr=float((weights / ranks).sum() / total),
+        tied_queries=int((equal > 1).sum()),
+    )
+
+
+def chance_level(num_clips: int, recall_at: tuple[int, ...] = RECALL_AT) -> dict[str, float]:
+    """What a random ranking of `num_clips` items scores on average."""
+    recalls = {f"R@{k}": min(k / num_clips, 1.0) for k in recall_at}
+    return {**recalls, "median_rank": (num_clips + 1) / 2}
+
+
+def _spread_ranks(above: np.ndarray, equal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every rank and how many entries hold it, query i entering at above + 1 ... above + equal."""
+    steps = np.zeros(len(above) + 1, dtype=np.int64)
+    np.add.at(steps, above, (equal > 0).astype(np.int64))
+    np.subtract.at(steps, above + equal, (equal > 0).astype(np.int64))
+    return np.arange(1, len(above) + 1), steps[:-1].cumsum()
+
+
+def _weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
+    """Median of `values`, each repeated `weights` times; the mean of the middle two if even."""
+    order = np.argsort(values, kind="stable")
+    reached = weights[order].cumsum()
+    total = int(reached[-1])
+    middle = np.searchsorted(reached, [(total - 1) // 2, total // 2], side="right")
+    return float(values[order][middle].mean())
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x.to(torch.float64), dim=-1)
+
+
+def _check(
+    audio: Tensor, video: Tensor, ties: str, recall_at: tuple[int, ...], tile_size: int
+) -> None:
+    if audio.ndim != 2 or audio.shape != video.shape or len(audio) == 0:
+        raise ValueError(
+            "audio and video must be two (N, D) feature matrices of the same clips, N > 0; got "
+            f"{tuple(audio.shape)} and {tuple(video.shape)}"
+        )
+    if audio.device != video.device:
+        raise ValueError(f"audio is on {audio.device} and video on {video.device}; move one")
+    if ties not in get_args(Ties):
+        raise ValueError(f"ties={ties!r} is not one of {', '.join(get_args(Ties))}")
+    if tile_size < 1 or not recall_at or min(recall_at) < 1:
+        raise ValueError(
+            f"tile_size={tile_size} and recall_at={recall_at} must be positive, at least one k"
+        )
+
+
+def _check_finite(name: str, features: Tensor) -> None:
+    bad = (~features.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        shown = ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
+        raise ValueError(
+            f"{name} features of {len(bad)} of {len(features)} clips are not finite (rows {shown}); "
+            "check those clips and the checkpoint"
+        )

@@ -1,0 +1,83 @@
+"""The decoder: visible tokens back among mask tokens, blocks, one head per modality.
+
+N = K*B rows, L = L_audio + L_video tokens, D' decoder width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from kdcmae_fast.config import ModelConfig
+from kdcmae_fast.kernels import MaskPlan, assemble_decoder_input
+
+from .blocks import Block, run_block
+from .outputs import Plans
+from .positions import sincos_positions
+
+
+class Decoder(nn.Module):
+    """Predicts patches from the joint latents (CAV-MAE, arXiv 2210.07839)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim, pixels = config.decoder_embed_dim, config.patch_size**2
+        self.restore = config.restore
+        self.recompute = config.activation_checkpointing
+        self.num_audio = config.audio_grid[0] * config.audio_grid[1]
+        self.embed = nn.Linear(config.embed_dim, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.audio_modality = nn.Parameter(torch.empty(1, 1, dim))
+        self.video_modality = nn.Parameter(torch.empty(1, 1, dim))
+        for name, grid in (("audio", config.audio_grid), ("video", config.video_grid)):
+            table = sincos_positions(dim, grid).to(self.mask_token.dtype)[None]
+            self.register_buffer(f"{name}_pos_embed", table)
+        self.blocks = nn.ModuleList(
+            Block(dim, config.decoder_num_heads, config.mlp_ratio, config.attention_impl)
+            for _ in range(config.decoder_depth)
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.audio_head = nn.Linear(dim, pixels)
+        self.video_head = nn.Linear(dim, 3 * pixels)
+        for parameter in (self.mask_token, self.audio_modality, self.video_modality):
+            nn.init.normal_(parameter, std=0.02)
+
+    def forward(
+        self, latent: Tensor, plans: Plans, masked_only: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Joint latents (N, keep_audio + keep_video, D) -> audio and video predictions.
+
+        masked_only: (N, L - keep, P) in `ids_masked` order, what the loss reads; else (N, L, P).
+        """
+        audio_plan, video_plan = plans["audio"], plans["video"]
+        x = assemble_decoder_input(
+            self.embed(latent),
+            (audio_plan, video_plan),
+            self.mask_token.flatten(),
+            self._positions(),
+            restore=self.restore,
+        )
+        for block in self.blocks:
+            x = run_block(block, x, recompute=self.recompute)
+        split = self.num_audio
+        if masked_only:
+            audio_ids = all_views(audio_plan)
+            x = take_tokens(x, torch.cat([audio_ids, all_views(video_plan) + split], dim=1))
+            split = audio_ids.shape[1]
+        x = self.norm(x)
+        return self.audio_head(x[:, :split]), self.video_head(x[:, split:])
+
+    def _positions(self) -> Tensor:
+        """(L, D') table: position and modality vector of every decoder token."""
+        audio = self.audio_pos_embed + self.audio_modality
+        return torch.cat([audio, self.video_pos_embed + self.video_modality], dim=1)[0]
+
+
+def all_views(plan: MaskPlan) -> Tensor:
+    """The removed tokens of every view, (K*B, L - keep) int64."""
+    return torch.cat([plan.ids_masked(view) for view in range(plan.num_views)])
+
+
+def take_tokens(x: Tensor, ids: Tensor) -> Tensor:
+    """Rows of (N, L, D) at ids (N, M) -> (N, M, D), without an index as wide as D."""
+    offset = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+    rows = x.flatten(0, 1).index_select(0, (ids + offset).flatten())
+    return rows.view(*ids.shape, x.shape[2])

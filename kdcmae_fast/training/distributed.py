@@ -1,0 +1,91 @@
+"""Processes: start them under any launcher, agree between them, end them cleanly."""
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+class World(NamedTuple):
+    """This process among all: rank 0 .. size - 1, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes logs and reports."""
+        return self.rank == 0
+
+
+def join_world(local_rank: int | None = None) -> World:
+    """Start DeepSpeed's communication: gloo on CPU, nccl on CUDA.
+
+    Works under `deepspeed`, torchrun, Slurm with RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR set,
+    and without any launcher (one process). `local_rank` is the launcher's --local_rank, if any.
+    """
+    if "RANK" not in os.environ:
+        _stand_alone()
+    if local_rank is not None and local_rank >= 0:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its shared-memory all-reduce would be compiled on first use; gloo needs no compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    accelerator = get_accelerator()
+    device = torch.device("cpu")
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device(accelerator.current_device_name())
+    elif "OMP_NUM_THREADS" not in os.environ:
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+        torch.set_num_threads(max(1, torch.get_num_threads() // local_size))
+    deepspeed.init_distributed(verbose=False)
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _stand_alone() -> None:
+    """What a launcher would have put into the environment, for one process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+def sum_over_ranks(values: Sequence[Tensor | float], device: torch.device) -> list[float]:
+    """Element-wise sum over all ranks; waits for the device once."""
+    parts = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in values]
+    total = torch.stack(parts)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather_lists(items: Sequence[Any], world: World) -> list[Any]:
+    """The items of all ranks in rank order, on every rank."""
+    parts: list[list[Any]] = [[] for _ in range(world.size)]
+    dist.all_gather_object(parts, list(items))
+    return [item for part in parts for item in part]
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now, with everything written flushed.
+
+    Interpreter shutdown is skipped: communication threads that are still alive then can abort a
+    process whose work is done ("terminate called without an active exception").
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
