@@ -3,9 +3,12 @@
 Each op folder kernels/<family>/ installs as kdcmae_fast.kernels.<family>, so nothing lands in
 site-packages under the generic name `kernels`. The extension kdcmae_fast._C is an accelerator,
 never a requirement: without a compiler (or without torch at build time) the install is pure Python.
+
+KDCMAE_BUILD_EXT=0 leaves the extension out. CXX chooses the compiler.
 """
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -15,60 +18,50 @@ from setuptools import find_packages, setup
 FAMILIES = find_packages("kernels")
 
 
-def notice(message: str) -> None:
-    print(f"kdcmae_fast: {message}", file=sys.stderr)
+def pure_python(reason: str) -> None:
+    print(f"kdcmae_fast: pure-Python install, no C++ ops: {reason}", file=sys.stderr)
 
 
-def cpu_extension():
+def extension():
     """(ext_modules, cmdclass) of kdcmae_fast._C, or empty ones with one line saying why."""
     if os.environ.get("KDCMAE_BUILD_EXT", "1") == "0":
-        notice("pure-Python install (KDCMAE_BUILD_EXT=0); ops use impl='torch' or 'triton'")
+        pure_python("KDCMAE_BUILD_EXT=0")
         return [], {}
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
-        notice(
-            "pure-Python install: torch is not importable while building; for the C++ ops install "
-            "torch first and then `pip install --no-build-isolation .`"
-        )
+        pure_python("torch is missing here; install it, then `pip install --no-build-isolation .`")
         return [], {}
     compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        notice(f"pure-Python install: no C++ compiler ({compiler!r} not found; set CXX)")
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        pure_python(f"no compiler {compiler!r}; install one or set CXX")
         return [], {}
 
     class OptionalBuild(BuildExtension):
         """A compiler that fails costs the C++ ops, not the install."""
 
-        def build_extension(self, ext):
+        def run(self):
+            inplace = self.inplace
             try:
-                super().build_extension(ext)
-            except Exception as error:
-                ext.optional = True
-                notice(f"pure-Python install: building {ext.name} failed ({error})")
-                raise
+                super().run()
+            except (Exception, SystemExit) as error:
+                pure_python(f"compiling failed, {str(error).splitlines()[0]} (see above)")
+                # Nothing was built, so nothing is to be copied or packed.
+                self.extensions, self.inplace = [], inplace
 
-        def copy_extensions_to_source(self):
-            built = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
-            self.extensions, kept = built, self.extensions
-            super().copy_extensions_to_source()
-            self.extensions = kept
-
-    sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
-    sources += sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
-    extension = CppExtension(
+    sources = [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]
+    module = CppExtension(
         "kdcmae_fast._C",
-        sources,
+        sorted(str(path) for path in sources),
         # No -ffast-math: it switches denormals off for the whole host process.
-        extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-std=c++17"],
+        extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden"],
         extra_link_args=["-fopenmp"],
         depends=[str(path) for path in Path("csrc").rglob("*.h")],
-        optional=True,
     )
-    return [extension], {"build_ext": OptionalBuild.with_options(no_python_abi_suffix=False)}
+    return [module], {"build_ext": OptionalBuild}
 
 
-EXT_MODULES, CMDCLASS = cpu_extension()
+EXT_MODULES, CMDCLASS = extension()
 
 setup(
     packages=find_packages(include=["kdcmae_fast", "kdcmae_fast.*"])

@@ -69,7 +69,7 @@ def load_config(recipe: str | Path | Mapping[str, Any], arguments: Sequence[str]
         FileNotFoundError: no such recipe.
     """
     if isinstance(recipe, Mapping):
-        origin, settings = "recipe", dict(recipe)
+        origin, settings = "recipe", merge({}, recipe, exclusive=False)
     else:
         origin, settings = str(recipe), read_yaml(recipe)
     origins = dict.fromkeys(_dotted_keys(settings), origin)

@@ -40,3 +40,55 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+def _value_and_grads(op: Callable[..., Tensor], leaves: tuple[Tensor, ...]) -> list[Tensor]:
+    leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
+    out = op(*leaves)
+    generator = torch.Generator().manual_seed(1)
+    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
+
+
+@pytest.fixture
+def value_and_grads() -> Callable[..., list[Tensor]]:
+    """value_and_grads(op, leaves): op's output and every leaf's gradient, one fixed cotangent."""
+    return _value_and_grads
+
+
+@pytest.fixture
+def three_way(within_budget) -> Callable[..., None]:
+    """three_way(op, plain, leaves): `op` may err at most twice as much as the same maths in eager
+    torch and the same dtype (`plain`), its gradients three times; fp64 `plain` is the truth."""
+
+    def check(
+        op: Callable[..., Tensor], plain: Callable[..., Tensor], leaves: tuple[Tensor, ...]
+    ) -> None:
+        results = _value_and_grads(op, leaves)
+        eager = _value_and_grads(plain, leaves)
+        exact = _value_and_grads(plain, tuple(leaf.double() for leaf in leaves))
+        for index, (result, same_dtype, truth) in enumerate(
+            zip(results, eager, exact, strict=True)
+        ):
+            assert result.dtype == same_dtype.dtype and result.shape == truth.shape
+            within_budget(result, same_dtype, truth, factor=2.0 if index == 0 else 3.0)
+
+    return check
+
+
+@pytest.fixture
+def saved_storages() -> Callable[[Callable[[], Tensor]], dict[int, int]]:
+    """saved_storages(forward): data pointer -> bytes of every tensor autograd keeps."""
+
+    def record(forward: Callable[[], Tensor]) -> dict[int, int]:
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storages[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            assert forward().requires_grad
+        return storages
+
+    return record

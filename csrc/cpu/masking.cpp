@@ -10,10 +10,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
-#include <limits>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -60,7 +59,8 @@ void random_words(const Spec& spec, uint64_t id, Domain domain, int64_t count, u
 
 // order[0..count): indices in ascending order of (words, index).
 void sort_words(const uint32_t* words, int64_t count, Scratch& s) {
-  const int bits = std::max(1, int(std::bit_width(uint64_t(count))) - 1);
+  int bits = 1;  // of the bucket number: a key per bucket or two
+  while (int64_t{2} << bits <= count) ++bits;
   s.bins.assign((int64_t{1} << bits) + 1, 0);
   for (int64_t i = 0; i < count; ++i) ++s.bins[(words[i] >> (32 - bits)) + 1];
   for (size_t b = 1; b < s.bins.size(); ++b) s.bins[b] += s.bins[b - 1];

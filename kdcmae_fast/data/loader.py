@@ -87,7 +87,7 @@ class _Steps(Dataset[RawBatch | str]):
             clips = [self._clip(epoch, start + slot, bad) for slot in range(self.size)]
         except TooManyBadClips as error:
             return str(error)
-        return _collate(clips, tuple(bad))
+        return collate(clips, tuple(bad))
 
     def _clip(self, epoch: int, place: int, bad: list[BadClip]) -> Clip:
         """The clip at `place`, or the first good one of its substitutes."""
@@ -198,7 +198,8 @@ def make_loader(
     )
 
 
-def _collate(clips: list[Clip], bad: tuple[BadClip, ...]) -> RawBatch:
+def collate(clips: list[Clip], bad: tuple[BadClip, ...] = ()) -> RawBatch:
+    """Clips as one batch, waveforms filled up with zeros to the longest."""
     lengths = torch.tensor([len(clip.waveform) for clip in clips])
     return RawBatch(
         waveforms=torch.nn.utils.rnn.pad_sequence([c.waveform for c in clips], batch_first=True),

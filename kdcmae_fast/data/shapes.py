@@ -35,7 +35,8 @@ def _triangle(x: Array, y: Array) -> Array:
 
 
 def _ring(x: Array, y: Array) -> Array:
-    return np.abs(np.hypot(x, y) - 0.72) - 0.28
+    radius = np.hypot(x, y)
+    return np.maximum(radius - 1, 0.44 - radius)
 
 
 def _cross(x: Array, y: Array) -> Array:

@@ -2,6 +2,9 @@
 
 from kdcmae_fast.config import DataConfig, ModelConfig
 from kdcmae_fast.data.clip import ClipDataset
+from kdcmae_fast.data.folder import VideoFolder
+from kdcmae_fast.data.manifest import ManifestClips
+from kdcmae_fast.data.media import MediaOptions
 from kdcmae_fast.data.synthetic import HELDOUT_CLIPS, HELDOUT_START, SyntheticClips
 
 ROW_SECONDS = 0.01  # of one fbank row
@@ -16,8 +19,10 @@ def open_dataset(
     """
     if split not in ("train", "heldout"):
         raise ValueError(f"split={split!r} must be 'train' or 'heldout'")
+    if seed < 0:
+        raise ValueError(f"seed={seed} must be at least 0")
+    heldout = split == "heldout"
     if data.source == "synthetic":
-        heldout = split == "heldout"
         return SyntheticClips(
             HELDOUT_CLIPS if heldout else data.num_clips,
             seed=seed,
@@ -26,4 +31,14 @@ def open_dataset(
             num_frames=data.num_frames,
             first=HELDOUT_START if heldout else 0,
         )
+    if heldout:
+        raise ValueError(
+            f"split='heldout' is for synthetic clips, not for source={data.source!r}: "
+            f"give another list or folder as data.path"
+        )
+    options = MediaOptions.of(data, model)
+    if data.source == "manifest":
+        return ManifestClips(data.path, data.label_csv, options, seed=seed)
+    if data.source == "folder":
+        return VideoFolder(data.path, options, seed=seed)
     raise ValueError(f"source={data.source!r} must be 'synthetic', 'manifest' or 'folder'")

@@ -2,8 +2,8 @@
 
 The shape's kind (the class) fixes the sound's timbre, its size the base pitch (small is high), its
 hue the tremolo rate (red 2 Hz to violet 16 Hz), its height in the picture bends the pitch (up to
-half an octave each way) and its horizontal place sets the level (right is loud). Grey shapes on the
-cluttered background are silent. Sound and picture are functions of (seed, clip number) and time.
+a third of an octave each way) and its horizontal place sets the level (right is loud). It throws
+coloured light around itself. Grey shapes on the cluttered background are silent. Sound and picture are functions of (seed, clip number) and time.
 """
 
 import colorsys
@@ -30,13 +30,15 @@ HELDOUT_CLIPS = 1000
 HELDOUT_START = 2**40  # scene numbers from here on are never trained on
 CLASS_NAMES = tuple(shape.name for shape in SHAPES)
 
-RADIUS = (0.09, 0.28)  # of the picture's side
-PITCH = (150.0, 900.0)  # Hz, of the largest and the smallest shape
+RADIUS = (0.14, 0.40)  # of the picture's side
+PITCH = (120.0, 1500.0)  # Hz, of the largest and the smallest shape
 TREMOLO = (2.0, 16.0)  # Hz
 MAX_HUE = 0.8  # red, yellow, green, blue, violet; red does not come back
-BEND = 0.5  # octaves, pitch at the top of the picture over pitch at its middle
-LEVELS = (-24.0, -6.0)  # dB, at the left and right edge
-TREMOLO_DEPTH = 0.8
+BEND = 0.35  # octaves, pitch at the top of the picture over pitch at its middle
+LEVELS = (-20.0, -6.0)  # dB, at the left and right edge
+TREMOLO_DEPTH = 0.9
+GLOW = 0.8  # strength of the light next to the shape, 0 to 1
+GLOW_REACH = 3.0  # radii
 NOISE_LEVEL = 1e-3  # hiss under every clip
 
 _CYCLES = 4  # of the base pitch in a wavetable, so that partials lie at multiples of 1/4
@@ -181,8 +183,8 @@ class SyntheticClips:
             label=int(draw_[0] * len(SHAPES)),
             radius=float(np.exp(lowest + (highest - lowest) * draw_[1])),
             hue=float(MAX_HUE * draw_[2]),
-            center=(0.25 + 0.5 * float(draw_[3]), 0.25 + 0.5 * float(draw_[4])),
-            swing=(0.05 + 0.15 * float(draw_[5]), 0.05 + 0.15 * float(draw_[6])),
+            center=(0.3 + 0.4 * float(draw_[3]), 0.3 + 0.4 * float(draw_[4])),
+            swing=(0.05 + 0.1 * float(draw_[5]), 0.05 + 0.1 * float(draw_[6])),
             rate=(0.1 + 0.4 * float(draw_[7]), 0.1 + 0.4 * float(draw_[8])),
             phase=(float(draw_[9]), float(draw_[10])),
         )
@@ -208,11 +210,12 @@ class SyntheticClips:
                     canvas,
                     SHAPES[int(kind * len(SHAPES))],
                     ((cx + 0.3 * (sx - 0.5) * turn) * size, (cy + 0.3 * (sy - 0.5) * turn) * size),
-                    (RADIUS[0] + 0.5 * (RADIUS[1] - RADIUS[0]) * radius) * size,
+                    (0.6 + 1.2 * radius) * RADIUS[0] * size,
                     np.full(3, 0.15 + 0.7 * grey, dtype=np.float32),
                 )
             x, y = scene.position(time)
             center = (float(x) * size, float(y) * size)
+            _shine(canvas, center, scene.radius * size, color)
             draw(canvas, SHAPES[scene.label], center, scene.radius * size, color)
             np.multiply(canvas, 255, out=picture, casting="unsafe")
         return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
@@ -247,8 +250,8 @@ def _ramp(knots: NDArray[np.float64], num_samples: int) -> NDArray[np.float32]:
     """Straight lines through values given every 10 ms."""
     share = np.arange(FRAME_SHIFT, dtype=np.float32) / FRAME_SHIFT
     values = knots.astype(np.float32)
-    lines = values[:-1, None] + np.diff(values)[:, None] * share
-    return lines.reshape(-1)[:num_samples]
+    lines = np.diff(values)[:, None] * share + values[:-1, None]
+    return lines.astype(np.float32, copy=False).reshape(-1)[:num_samples]
 
 
 @functools.lru_cache(maxsize=1)
@@ -270,6 +273,19 @@ def _wavetable_of(label: int, num_partials: int) -> NDArray[np.float32]:
 def _wavetable(label: int, highest_pitch: float) -> NDArray[np.float32]:
     """The class's timbre without the partials that would pass 7.5 kHz."""
     return _wavetable_of(label, sum(k * highest_pitch < 7500 for k, _ in _PARTIALS[label]))
+
+
+def _shine(
+    canvas: NDArray[np.float32],
+    center: tuple[float, float],
+    radius: float,
+    color: NDArray[np.float32],
+) -> None:
+    """Coloured light that the shape throws around itself; it reaches GLOW_REACH radii."""
+    size = len(canvas)
+    x, y = (((np.arange(size) + 0.5 - c) / (GLOW_REACH * radius)) ** 2 for c in center)
+    light = np.exp(-x)[None] * np.exp(-y)[:, None]
+    canvas *= 1 - GLOW * light.astype(np.float32)[..., None] * (1 - color)
 
 
 def _backdrop(rng: np.random.Generator, size: int) -> NDArray[np.float32]:

@@ -1,14 +1,19 @@
 """Audio and video features of a dataset's clips, in dataset order."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from kdcmae_fast.config import DataConfig
 from kdcmae_fast.data import BadClip, BadClips, Clip, ClipDataset, ClipError, FrontEnd, RawBatch
+from kdcmae_fast.data.loader import collate
+
+if TYPE_CHECKING:
+    from kdcmae_fast.models.cav_mae import CavMae
 
 EVALUATION_EPOCH = 0  # the epoch a dataset is read as: fixes which frame of a clip is taken
 
@@ -29,7 +34,7 @@ class ClipFeatures(NamedTuple):
 
 
 def extract_features(
-    model: torch.nn.Module,
+    model: "CavMae",
     dataset: ClipDataset,
     data: DataConfig,
     *,
@@ -48,74 +53,87 @@ def extract_features(
     Raises ValueError when the dataset has fewer clips, TooManyBadClips past data.max_bad_share.
     """
     wanted = len(dataset) if num_clips is None else num_clips
-    batches = read_clips(dataset, data, num_clips=wanted, batch_size=batch_size)
-    if progress:
-        batches = _with_bar(batches, wanted, batch_size)
+    bad = BadClips(len(dataset), data.max_bad_share)
+    batches = read_clips(dataset, data, num_clips=wanted, batch_size=batch_size, bad=bad)
     front_end = FrontEnd(data, model.config)
     device = next(model.parameters()).device
+    rows: list[tuple[Tensor, ...]] = []
     was_training = model.training
     model.eval()
-    bad = BadClips(len(dataset), data.max_bad_share)
-    rows: list[tuple[Tensor, ...]] = []
     try:
         with torch.inference_mode():
-            for raw in batches:
-                bad.add(raw.bad)
-                if len(raw.sample_ids):
-                    batch = front_end(raw, device)
-                    features = model.encode(fbank=batch.fbank, frames=batch.frames)
-                    pooled = (features.audio.float().cpu(), features.video.float().cpu())
-                    rows.append((raw.sample_ids, raw.labels, *pooled))
+            for raw in _with_bar(batches, wanted) if progress else batches:
+                batch = front_end(raw, device)
+                features = model.encode(fbank=batch.fbank, frames=batch.frames)
+                assert features.audio is not None and features.video is not None  # both given
+                pooled = (features.audio.float().cpu(), features.video.float().cpu())
+                rows.append((raw.sample_ids, raw.labels, *pooled))
+                bad.check(sum(len(row[0]) for row in rows))
     finally:
         model.train(was_training)
     bad.check(wanted - len(bad))
     if not rows:
-        raise ValueError(f"none of the {wanted} clips could be read; first: {bad.rows()[0]}")
+        raise ValueError(f"none of the {wanted} clips could be used; first: {bad.rows()[0]}")
     sample_ids, labels, audio, video = (torch.cat(column) for column in zip(*rows, strict=True))
     names = tuple(dataset.video_id(index) for index in sample_ids.tolist())
     return ClipFeatures(names, sample_ids, labels, audio, video, tuple(bad.rows()))
 
 
 def read_clips(
-    dataset: ClipDataset, data: DataConfig, *, num_clips: int, batch_size: int
-) -> Iterable[RawBatch]:
-    """Clips 0 ... num_clips - 1 once each, in order, in batches; bad ones left out and listed.
+    dataset: ClipDataset, data: DataConfig, *, num_clips: int, batch_size: int, bad: BadClips
+) -> Iterator[RawBatch]:
+    """Clips 0 ... num_clips - 1 once each, in order, in batches (the last may be smaller).
 
-    A batch may be smaller than `batch_size`, or empty when all its clips are bad.
+    data.num_workers: threads that read ahead (0: read in this one). Clips that cannot be used are
+    left out and added to `bad`.
     """
     if not 1 <= num_clips <= len(dataset):
         raise ValueError(f"num_clips={num_clips}: the dataset has {len(dataset)} clips")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    return DataLoader(
-        _InOrder(dataset, num_clips),
-        batch_size=batch_size,
-        num_workers=min(data.num_workers, -(-num_clips // batch_size)),
-        collate_fn=_collate,
-    )
+    clips: list[Clip] = []
+    for clip in _in_order(dataset, num_clips, data.num_workers, 2 * batch_size):
+        if isinstance(clip, BadClip):
+            bad.add([clip])
+            continue
+        clips.append(clip)
+        if len(clips) == batch_size:
+            yield collate(clips)
+            clips = []
+    if clips:
+        yield collate(clips)
 
 
-class _InOrder:
-    """A map-style dataset for torch's loader in which a bad clip is a value, not an exception."""
+def _in_order(
+    dataset: ClipDataset, num_clips: int, num_threads: int, ahead: int
+) -> Iterator[Clip | BadClip]:
+    """Reads clips with at most `ahead` of them under way, and gives them back in order."""
 
-    def __init__(self, dataset: ClipDataset, num_clips: int) -> None:
-        self.dataset = dataset
-        self.num_clips = num_clips
-
-    def __len__(self) -> int:
-        return self.num_clips
-
-    def __getitem__(self, index: int) -> Clip | BadClip:
+    def read(index: int) -> Clip | BadClip:
         try:
-            return self.dataset.read(index, EVALUATION_EPOCH)
+            return dataset.read(index, EVALUATION_EPOCH)
         except ClipError as error:
             return BadClip(error.video_id, error.reason)
 
+    if num_threads == 0:
+        yield from map(read, range(num_clips))
+        return
+    with ThreadPoolExecutor(num_threads) as pool:
+        under_way: deque[Future[Clip | BadClip]] = deque()
+        try:
+            for index in range(num_clips):
+                under_way.append(pool.submit(read, index))
+                if len(under_way) > ahead:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            for future in under_way:
+                future.cancel()
 
-def _with_bar(
-    batches: Iterable[RawBatch], num_clips: int, batch_size: int
-) -> Iterator[RawBatch]:
-    """The same batches, with a progress bar where tqdm is installed."""
+
+def _with_bar(batches: Iterable[RawBatch], num_clips: int) -> Iterator[RawBatch]:
+    """The same batches, with a progress bar on stderr where tqdm is installed."""
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:
@@ -124,4 +142,4 @@ def _with_bar(
     with tqdm(total=num_clips, unit="clip", desc="features", dynamic_ncols=True) as bar:
         for raw in batches:
             yield raw
-            bar.update(len(raw.sample_ids) + len(raw.bad))
+            bar.update(len(raw.sample_ids))

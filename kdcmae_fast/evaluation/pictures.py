@@ -11,19 +11,29 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from kdcmae_fast.evaluation.figure import INK, MUTED, new_figure, picture_axes, require_matplotlib, save_figure
+from kdcmae_fast.evaluation.figure import (
+    INK,
+    MUTED,
+    new_figure,
+    picture_axes,
+    require_matplotlib,
+    save_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from kdcmae_fast.batch import Batch
     from kdcmae_fast.kernels import MaskPlan
+    from kdcmae_fast.models.cav_mae import CavMae
 
+MEL_TITLE = "sound: log-mel spectrogram, low frequencies at the bottom"
 HIDDEN_GREY = 0.88  # of removed patches
 NORM_PIX_EPS = 1e-6  # of the reconstruction target (MAE, arXiv 2111.06377)
 SECONDS_PER_FRAME = 0.01  # of a spectrogram
 NORM_PIX_CAPTION = (
-    "The model predicts each patch relative to its own mean and standard deviation; those of the "
-    "true patch are put back\nhere, so the brightness and loudness of a patch are given, not guessed."
+    "The model predicts each patch relative to its own mean and standard deviation; the true "
+    "patch's are put back\nhere, so the brightness and loudness of a patch are given, not guessed."
 )
 
 
@@ -87,6 +97,38 @@ def reconstruct_views(
     )
 
 
+def reconstruct_batch(model: "CavMae", batch: "Batch") -> tuple[Views, Views]:
+    """Frames (RGB in 0..1) and spectrograms of a batch, masked and reconstructed by the model."""
+    config = model.config
+    with torch.inference_mode():
+        result = model.reconstruct(batch)
+    mean, std = (
+        torch.tensor(values, device=batch.frames.device).reshape(3, 1, 1)
+        for values in (config.pixel_mean, config.pixel_std)
+    )
+    pixels = batch.frames
+    if pixels.dtype == torch.uint8:
+        pixels = (pixels / 255 - mean) / std
+    fbank = batch.fbank.transpose(1, 2).unsqueeze(1)
+    frames, fbanks = (
+        reconstruct_views(
+            original,
+            getattr(result, modality),
+            result.plans[modality],
+            patch_size=config.patch_size,
+            norm_pix=config.norm_pix_loss,
+        )
+        for original, modality in ((pixels, "video"), (fbank, "audio"))
+    )
+    in_rgb = Views(
+        frames.original * std + mean,
+        frames.masked * std + mean,
+        frames.reconstructed * std + mean,
+        frames.error,
+    )
+    return in_rgb, fbanks
+
+
 def draw_clip(
     path: str | Path, title: str, frames: Views, fbanks: Views, clip: int, *, norm_pix: bool
 ) -> Path:
@@ -108,6 +150,8 @@ def draw_clip(
         _show_fbank(fbank_axes[row], fbank, (low, high))
         frame_axes[row].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
 
+    for axes, name in ((frame_axes[0], "frame"), (fbank_axes[0], MEL_TITLE)):
+        axes.set_title(name, loc="left", pad=3, fontsize=9, color=MUTED)
     draw_row(0, "original", frames.original[clip], fbanks.original[clip])
     for view in range(num_views):
         row, name = 1 + 2 * view, f"view {view + 1}\n" if num_views > 1 else ""

@@ -5,7 +5,14 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdcmae_fast.evaluation.figure import INK, PALETTE, new_figure, require_matplotlib, save_figure, tidy_axes
+from kdcmae_fast.evaluation.figure import (
+    INK,
+    PALETTE,
+    new_figure,
+    require_matplotlib,
+    save_figure,
+    tidy_axes,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,6 +91,8 @@ def _in_order(values: dict[int, float]) -> Curve:
 
 def _draw(axes: "Axes", name: str, curve: Curve, colour: str) -> None:
     """One loss: every logged value, faint under a running mean where there are many."""
+    from matplotlib.ticker import MaxNLocator
+
     steps, values = curve
     smooth = _running_mean(values)
     marker = "o" if len(values) < 2 else None
@@ -100,6 +109,7 @@ def _draw(axes: "Axes", name: str, curve: Curve, colour: str) -> None:
     if finite:
         change = f"{finite[0]:.3g} → {(smooth or finite)[-1]:.3g}"
         axes.set_title(change, loc="right", fontsize=9, color=colour)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel("optimizer step", fontsize=9, color=INK)
     axes.margins(x=0.02)
 

@@ -130,22 +130,21 @@ def count_pairs(
     queries).
     """
     blocks = [
-        slice(start, min(start + tile_size, num_clips))
-        for start in range(0, num_clips, tile_size)
+        slice(start, min(start + tile_size, num_clips)) for start in range(0, num_clips, tile_size)
     ]
     own = torch.cat([tile(block, block).diagonal() for block in blocks])
+    more, least = own + TIE_TOLERANCE, own - TIE_TOLERANCE
     counts = torch.zeros(4, num_clips, dtype=torch.int64, device=device)
-    above_row, equal_row, above_column, equal_column = counts
+    above_row, from_row, above_column, from_column = counts  # from: as similar or more
     for rows in blocks:
         for columns in blocks:
             scores = tile(rows, columns)
-            ahead = scores - own[rows, None]
-            above_row[rows] += (ahead > TIE_TOLERANCE).sum(1)
-            equal_row[rows] += (ahead.abs() <= TIE_TOLERANCE).sum(1)
-            ahead = scores - own[None, columns]
-            above_column[columns] += (ahead > TIE_TOLERANCE).sum(0)
-            equal_column[columns] += (ahead.abs() <= TIE_TOLERANCE).sum(0)
-    return PairCounts(above_row, equal_row), PairCounts(above_column, equal_column)
+            above_row[rows] += (scores > more[rows, None]).sum(1)
+            from_row[rows] += (scores >= least[rows, None]).sum(1)
+            above_column[columns] += (scores > more[columns]).sum(0)
+            from_column[columns] += (scores >= least[columns]).sum(0)
+    by_row = PairCounts(above_row, from_row - above_row)
+    return by_row, PairCounts(above_column, from_column - above_column)
 
 
 def summarise(counts: PairCounts, ties: Ties, recall_at: tuple[int, ...]) -> DirectionScores:
@@ -170,7 +169,8 @@ def summarise(counts: PairCounts, ties: Ties, recall_at: tuple[int, ...]) -> Dir
 def chance_level(num_clips: int, recall_at: tuple[int, ...] = RECALL_AT) -> dict[str, float]:
     """What a random ranking of `num_clips` items scores on average."""
     recalls = {f"R@{k}": min(k / num_clips, 1.0) for k in recall_at}
-    return {**recalls, "median_rank": (num_clips + 1) / 2}
+    mrr = float((1 / np.arange(1, num_clips + 1)).mean())
+    return {**recalls, "median_rank": (num_clips + 1) / 2, "mrr": mrr}
 
 
 def _spread_ranks(above: np.ndarray, equal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -217,6 +217,6 @@ def _check_finite(name: str, features: Tensor) -> None:
     if bad:
         shown = ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
         raise ValueError(
-            f"{name} features of {len(bad)} of {len(features)} clips are not finite (rows {shown}); "
-            "check those clips and the checkpoint"
+            f"{name} features of {len(bad)} of {len(features)} clips are not finite "
+            f"(rows {shown}); check those clips and the checkpoint"
         )

@@ -114,7 +114,10 @@ class SharedBlock(nn.Module):
 
 
 def run_block(block: nn.Module, *args: object, recompute: bool) -> Tensor:
-    """Call a block; with `recompute` its activations are rebuilt in backward, not kept."""
+    """Call a block; with `recompute` its activations are rebuilt in backward, not kept.
+
+    The blocks draw no random numbers, so no generator state has to be kept for it.
+    """
     if recompute and torch.is_grad_enabled():
-        return checkpoint(block, *args, use_reentrant=False)
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
     return block(*args)

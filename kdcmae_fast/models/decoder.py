@@ -3,6 +3,8 @@
 N = K*B rows, L = L_audio + L_video tokens, D' decoder width.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,7 @@ from kdcmae_fast.config import ModelConfig
 from kdcmae_fast.kernels import MaskPlan, assemble_decoder_input
 
 from .blocks import Block, run_block
+from .masking import audio_grid, video_grid
 from .outputs import Plans
 from .positions import sincos_positions
 
@@ -17,17 +20,20 @@ from .positions import sincos_positions
 class Decoder(nn.Module):
     """Predicts patches from the joint latents (CAV-MAE, arXiv 2210.07839)."""
 
+    audio_pos_embed: Tensor
+    video_pos_embed: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         dim, pixels = config.decoder_embed_dim, config.patch_size**2
         self.restore = config.restore
         self.recompute = config.activation_checkpointing
-        self.num_audio = config.audio_grid[0] * config.audio_grid[1]
+        self.num_audio = math.prod(audio_grid(config))
         self.embed = nn.Linear(config.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.audio_modality = nn.Parameter(torch.empty(1, 1, dim))
         self.video_modality = nn.Parameter(torch.empty(1, 1, dim))
-        for name, grid in (("audio", config.audio_grid), ("video", config.video_grid)):
+        for name, grid in (("audio", audio_grid(config)), ("video", video_grid(config))):
             table = sincos_positions(dim, grid).to(self.mask_token.dtype)[None]
             self.register_buffer(f"{name}_pos_embed", table)
         self.blocks = nn.ModuleList(

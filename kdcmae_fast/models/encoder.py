@@ -12,6 +12,7 @@ from kdcmae_fast.config import ModelConfig
 from kdcmae_fast.kernels import MaskPlan
 
 from .blocks import Block, Segment, SharedBlock, run_block
+from .masking import audio_grid, video_grid
 from .outputs import Latents, Plans
 from .patch_embed import PatchEmbed
 
@@ -57,25 +58,22 @@ class SharedStack(nn.Module):
         )
         self.norm = nn.ModuleDict({stream: nn.LayerNorm(config.embed_dim) for stream in STREAMS})
 
-    def forward(
-        self, passes: dict[str, Tensor], chain: str = "composed", packed: bool | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, passes: dict[str, Tensor], chain: str = "composed") -> dict[str, Tensor]:
         """Named passes {stream: (N, L, D)} -> the same names, normalised.
 
         chain="released": in the single-modality passes every block restarts from the pass's
         input, so that only the last block acts, as the published pretraining code does.
-        packed: one run over all passes' rows; False: one run per pass. Same numbers.
         """
-        packed = self.packed if packed is None else packed
-        if chain == "released" and "joint" in passes:
-            passes = passes | {"joint": self._run({"joint": passes["joint"]}, 0, -1)["joint"]}
-        start = len(self.blocks) - 1 if chain == "released" else 0
-        if packed:
-            outputs = self._run(passes, start)
-        else:
-            outputs = {}
-            for stream, x in passes.items():
-                outputs |= self._run({stream: x}, start)
+        start = 0
+        if chain == "released":
+            start = len(self.blocks) - 1
+            passes = {
+                s: self._run({s: x}, 0, start)[s] if s == "joint" else x for s, x in passes.items()
+            }
+        groups = [passes] if self.packed else [{stream: x} for stream, x in passes.items()]
+        outputs: dict[str, Tensor] = {}
+        for group in groups:
+            outputs |= self._run(group, start)
         return {stream: self.norm[stream](x) for stream, x in outputs.items()}
 
     def _run(
@@ -88,8 +86,7 @@ class SharedStack(nn.Module):
             packed = run_block(block, packed, segments, recompute=self.recompute)
         parts = packed.split([s.rows * s.length for s in segments])
         return {
-            s.norm: part.view(s.rows, s.length, -1)
-            for part, s in zip(parts, segments, strict=True)
+            s.norm: part.view(s.rows, s.length, -1) for part, s in zip(parts, segments, strict=True)
         }
 
 
@@ -105,7 +102,7 @@ class Encoder(nn.Module):
         self.audio = ModalityStream(
             PatchEmbed(
                 in_channels=1,
-                grid=config.audio_grid,
+                grid=audio_grid(config),
                 patch_size=config.patch_size,
                 embed_dim=config.embed_dim,
                 trainable_positions=trainable_positions,
@@ -115,7 +112,7 @@ class Encoder(nn.Module):
         self.video = ModalityStream(
             PatchEmbed(
                 in_channels=3,
-                grid=config.video_grid,
+                grid=video_grid(config),
                 patch_size=config.patch_size,
                 embed_dim=config.embed_dim,
                 trainable_positions=trainable_positions,

@@ -18,6 +18,8 @@ class PatchEmbed(nn.Module):
     pixel_mean, pixel_std: normalisation of uint8 pixels, per channel.
     """
 
+    pos_embed: Tensor
+
     def __init__(
         self,
         *,

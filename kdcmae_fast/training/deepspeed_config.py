@@ -46,7 +46,12 @@ def load_deepspeed_config(path: str | Path, arguments: Sequence[str] = ()) -> Se
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected an object {{...}}, found {type(config).__name__}")
-    origins = dict.fromkeys(config, str(path))
+    return check_deepspeed_config(config, arguments, str(path))
+
+
+def check_deepspeed_config(config: Settings, arguments: Sequence[str], origin: str) -> Settings:
+    """The same for settings read from elsewhere; `origin` names where in errors."""
+    origins = dict.fromkeys(config, origin)
     for argument in arguments:
         key, equals, text = argument.removeprefix("ds.").partition("=")
         if not equals or not key:
@@ -59,7 +64,7 @@ def load_deepspeed_config(path: str | Path, arguments: Sequence[str] = ()) -> Se
         merge(config, value, exclusive=False)
         origins[key.split(".")[0]] = f"argument {argument}"
     _check_owners(config, origins)
-    _check_values(config, origins, str(path))
+    _check_values(config, origins, origin)
     return config
 
 
@@ -111,6 +116,10 @@ def _check_values(config: Mapping[str, Any], origins: Mapping[str, str], path: s
         value = config.get(key, 1)
         if type(value) is not int or value < 1:
             raise ValueError(f"{origins[key]}: {key}={value}: expected a whole number of 1 or more")
+    clip = config.get("gradient_clipping", 0)
+    if isinstance(clip, bool) or not isinstance(clip, int | float) or not clip >= 0:
+        where = origins["gradient_clipping"]
+        raise ValueError(f"{where}: gradient_clipping={clip}: expected a number of 0 or more")
     enabled = config.get("bf16", {}).get("enabled", False)
     if not isinstance(enabled, bool):
         raise ValueError(f"{origins['bf16']}: bf16.enabled={enabled}: expected true or false")

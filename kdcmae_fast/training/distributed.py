@@ -35,7 +35,8 @@ def join_world(local_rank: int | None = None) -> World:
         _stand_alone()
     if local_rank is not None and local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would warn that it finds no other
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 

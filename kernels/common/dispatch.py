@@ -8,11 +8,14 @@ import importlib
 import importlib.util
 import logging
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 log = logging.getLogger("kdcmae_fast.kernels")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 IMPLS = ("torch", "cpp", "triton", "cuda")
 _OPS: dict[str, tuple[str, ...]] = {}
@@ -25,11 +28,28 @@ class Backend(NamedTuple):
     reason: str
 
 
+_REPORTS: dict[str, Callable[[str], Backend]] = {}
+
+
+def assume_constant_result(function: Function) -> Function:
+    """torch.compiler.assume_constant_result for a function, without its import of torch._dynamo.
+
+    That import takes half a second and brings Triton with it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def register_op(op: str, *, impls: tuple[str, ...] = ("torch",)) -> None:
     """Declare the implementations an op has, fastest first; `torch` is always among them."""
     if "torch" not in impls or not set(impls) <= set(IMPLS):
         raise ValueError(f"impls of {op}: {impls} must contain 'torch' and come from {IMPLS}")
     _OPS[op] = impls
+
+
+def register_report(op: str, report: Callable[[str], Backend]) -> None:
+    """Add an op with implementations of its own names to `backends()`: report(device) -> line."""
+    _REPORTS[op] = report
 
 
 def unavailable(op: str, impl: str, device: str) -> str | None:
@@ -47,7 +67,7 @@ def unavailable(op: str, impl: str, device: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def resolve(op: str, impl: str, device: str) -> str:
     """The implementation to run for tensors of device type `device` ("cpu", "cuda").
 
@@ -71,7 +91,9 @@ def backends(device: str | None = None) -> dict[str, Backend]:
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted = os.environ.get("KDCMAE_IMPL") or None
-    return {op: _automatic(op, device, wanted) for op in sorted(_OPS)}
+    chosen = {op: _automatic(op, device, wanted) for op in _OPS}
+    chosen |= {op: report(device) for op, report in _REPORTS.items()}
+    return dict(sorted(chosen.items()))
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
 Letters: N rows (this rank's b), M columns (every rank's a, in rank order; M = N on one rank).
 Logits are Z = scale * b @ a.T; the pair of row j is column offset + j. The README has the maths.
-Both passes walk blocks of rows, so no more than BLOCK_ELEMENTS logits exist at any time.
+Logits that fit one block of BLOCK_ELEMENTS are kept for the gradient. More than that are walked
+in blocks of rows, in both passes, so that never more than one block of them exists.
 """
 
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ class Statistics(NamedTuple):
     row_max: Tensor  # (N,) largest other logit of the row
     column_lse: Tensor  # (M,) the same over this rank's rows; (0,) when not asked for
     column_max: Tensor  # (M,)
+    logits: Tensor  # (N, M) if they fit one block, else (0, 0)
 
 
 class Targets(NamedTuple):
@@ -33,6 +35,7 @@ class Targets(NamedTuple):
     positive_grad: Tensor  # (N,) gradient by the positives' logits
     column_lse: Tensor  # (M,) over all rows of all ranks; (0,) when one-sided
     column_weight: Tensor  # (M,)
+    logits: Tensor  # (N, M), or (0, 0) to recompute them block by block
 
 
 def normalise(x: Tensor, enabled: bool) -> tuple[Tensor, Tensor]:
@@ -82,9 +85,9 @@ def statistics(
 ) -> Statistics:
     """Statistics of the logits of b (N, D) against a (M, D); `columns` asks for theirs too."""
     positive, row_lse, row_max = [], [], []
-    size = a.shape[0] if columns else 0
-    column_lse = scale.new_full((size,), -torch.inf)
+    column_lse = scale.new_full((a.shape[0] if columns else 0,), -torch.inf)
     column_max = column_lse
+    kept = scale.new_empty(0, 0)
     for start, stop in blocks(b.shape[0], a.shape[0]):
         logits = product(b[start:stop], a.t(), operand) * scale
         own = logits.diagonal(offset + start)
@@ -97,8 +100,11 @@ def statistics(
             lse, top = log_sum_exp(logits, 0)
             column_lse = torch.logaddexp(column_lse, lse)
             column_max = torch.maximum(column_max, top)
+        if stop - start == b.shape[0]:
+            own.copy_(positive[0])
+            kept = logits
     return Statistics(
-        torch.cat(positive), torch.cat(row_lse), torch.cat(row_max), column_lse, column_max
+        torch.cat(positive), torch.cat(row_lse), torch.cat(row_max), column_lse, column_max, kept
     )
 
 
@@ -120,7 +126,7 @@ def gradients(
     targets: Targets,
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by b (N, D), a (M, D) and scale (0-d); recomputes the logits block by block.
+    """Gradients by b (N, D), a (M, D) and scale (0-d) of the objective that `targets` describe.
 
     `needed`: which of the three to compute; the others come back empty or zero.
     """
@@ -129,10 +135,12 @@ def gradients(
     by_a = b.new_zeros(a.shape if need_a else (0,), dtype=scale.dtype)
     for start, stop in blocks(b.shape[0], a.shape[0]):
         rows = slice(start, stop)
-        logits = product(b[rows], a.t(), operand) * scale
-        grad = (logits - targets.row_lse[rows, None]).exp() * targets.row_weight[rows, None]
+        logits = targets.logits
+        if logits.shape[0] == 0:
+            logits = product(b[rows], a.t(), operand) * scale
+        grad = (logits - targets.row_lse[rows, None]).exp_().mul_(targets.row_weight[rows, None])
         if targets.column_lse.shape[0]:
-            grad = grad + (logits - targets.column_lse).exp() * targets.column_weight
+            grad += (logits - targets.column_lse).exp_().mul_(targets.column_weight)
         grad.diagonal(offset + start).copy_(targets.positive_grad[rows])
         if need_scale:
             by_scale = by_scale + (grad * logits).sum() / scale

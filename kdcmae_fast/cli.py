@@ -1,0 +1,318 @@
+"""The `kdcmae` command. Each subcommand is thin: arguments in, one library call, text out.
+
+Errors are one line on stderr and exit code 1; `--debug` shows the traceback. torch and the rest
+are imported by the subcommand that needs them, so that `kdcmae --help` is quick.
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import kdcmae_fast
+
+DESCRIPTION = "Audio-visual masked autoencoders: pretrain, evaluate, convert."
+EPILOG = "`kdcmae COMMAND --help` tells a command's options, units and defaults."
+
+
+class _UsageError(Exception):
+    """Arguments that do not parse."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes as one line, like every other error of the command."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{message} (see {self.prog} --help)")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults in the help, epilogs as written; no "(default: None)"."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        empty = action.default is None or action.default == [] or action.default is False
+        return action.help if empty else super()._get_help_string(action)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code, 0 only on success."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        return _run(given)
+    except KeyboardInterrupt:
+        print("kdcmae: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone, as in `kdcmae settings | head`; keep the interpreter
+        # from complaining when it flushes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        print(f"kdcmae: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of one command, or the one that lists them; imports nothing that they need."""
+    if command is None:
+        parser = _Parser(prog="kdcmae", description=DESCRIPTION, epilog=EPILOG)
+        version = f"kdcmae {kdcmae_fast.__version__}"
+        parser.add_argument("--version", action="version", version=version)
+        listed = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+        for name, entry in COMMANDS.items():
+            listed.add_parser(name, help=entry.summary)
+    else:
+        entry = COMMANDS[command]
+        parser = _Parser(
+            prog=f"kdcmae {command}",
+            description=f"{entry.summary[0].upper()}{entry.summary[1:]}.",
+            formatter_class=_Help,
+        )
+        entry.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _run(arguments: list[str]) -> int:
+    command = next((word for word in arguments if word != "--debug"), None)
+    if command not in COMMANDS:
+        build_parser().parse_args(arguments)
+        raise AssertionError("unreachable: the parser knows no other command")
+    arguments.remove(command)
+    if command == "pretrain":
+        # The script's own command line; nothing here reads those arguments.
+        from kdcmae_fast.pretrain import main as pretrain
+
+        return pretrain(arguments)
+    COMMANDS[command].run(build_parser(command).parse_intermixed_args(arguments))
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    """The error as one line; its type too when it is not one that people are meant to meet."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    if isinstance(error, KeyError | AttributeError | TypeError | IndexError | AssertionError):
+        return f"{type(error).__name__}: {text} (this is a bug; --debug shows where)"
+    return text
+
+
+def _add_source(parser: argparse.ArgumentParser, default_clips: str) -> None:
+    """Options that say which model and which clips."""
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="model folder (or a run folder with one)"
+    )
+    parser.add_argument(
+        "--recipe",
+        metavar="YAML",
+        help="take data.* and train.seed from this file (default: from config.json of the "
+        "checkpoint's run, where there is one)",
+    )
+    parser.add_argument(
+        "--split",
+        choices=("heldout", "train"),
+        help="of the synthetic clips (default: heldout); other sources have one list, data.path",
+    )
+    parser.add_argument(
+        "--num-clips",
+        type=_positive,
+        metavar="N",
+        help=f"clips to take, from the first on (default: {default_clips})",
+    )
+    parser.add_argument(
+        "--batch-size", type=_positive, default=32, metavar="N", help="clips per forward pass"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="data.* settings and train.seed on top, as in data.source=folder data.path=clips",
+    )
+
+
+def _add_retrieve(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser, default_clips="all")
+    parser.add_argument(
+        "--ties",
+        choices=("average", "optimistic", "published"),
+        default="average",
+        help="rank of a pair as similar as other clips are: the middle of them, the best, or all "
+        "of them as the CAV-MAE Sync evaluation counts",
+    )
+    parser.add_argument("--output", metavar="DIR", help="write DIR/metrics.json")
+
+
+def _retrieve(options: argparse.Namespace) -> None:
+    from kdcmae_fast.evaluation.commands import retrieval_table, retrieve
+
+    metrics = retrieve(_source(options), ties=options.ties, output=options.output)
+    print(retrieval_table(metrics))
+    _say_bad(metrics)
+    if options.output:
+        print(f"wrote {os.path.join(options.output, 'metrics.json')}")
+
+
+def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser, default_clips="8, or all if fewer")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="write DIR/<clip>.png and DIR/metrics.json"
+    )
+
+
+def _reconstruct(options: argparse.Namespace) -> None:
+    from kdcmae_fast.evaluation.commands import reconstruct
+
+    metrics = reconstruct(_source(options), options.output)
+    _say_bad(metrics)
+    errors = metrics["mean_error"]
+    print(
+        f"mean squared error on masked patches: video {errors['video']:.4f}, "
+        f"audio {errors['audio']:.4f}"
+        + (" (1 is a patch guessed as flat)" if metrics["norm_pix_loss"] else "")
+    )
+    print(f"wrote {len(metrics['clips'])} pictures and metrics.json to {options.output}")
+
+
+def _source(options: argparse.Namespace) -> Any:
+    from kdcmae_fast.evaluation.commands import EvaluationSource
+
+    return EvaluationSource(
+        checkpoint=options.checkpoint,
+        recipe=options.recipe,
+        overrides=tuple(options.settings),
+        split=options.split,
+        num_clips=options.num_clips,
+        batch_size=options.batch_size,
+        device=options.device,
+        progress=sys.stderr.isatty(),
+    )
+
+
+def _say_bad(metrics: dict[str, Any]) -> None:
+    bad = metrics["bad_clips"]
+    for clip in bad[:10]:
+        print(f"left out {clip['video_id']}: {clip['reason']}", file=sys.stderr)
+    if len(bad) > 10:
+        print(f"left out {len(bad) - 10} more (all are in metrics.json)", file=sys.stderr)
+
+
+def _add_backends(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="kind of tensors (default: CUDA where it is)"
+    )
+
+
+def _backends(options: argparse.Namespace) -> None:
+    from kdcmae_fast.kernels import backends
+
+    found = backends(options.device)
+    width = max(map(len, found))
+    for op, (impl, reason) in found.items():
+        print(f"{op:{width}}  {impl:8}  {reason}")
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "prefix", nargs="?", default="", help="only this group, as in model.distill"
+    )
+
+
+def _settings(options: argparse.Namespace) -> None:
+    from kdcmae_fast.config_help import presets_help, settings_help
+
+    print(settings_help(options.prefix))
+    if not options.prefix:
+        print(f"\nSet by a system and by a preset:\n{presets_help()}")
+        print("\nBatch size, accumulation, precision, clipping and ZeRO: the DeepSpeed JSON.")
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="IN", help="published .pth or .safetensors, or a folder")
+    parser.add_argument("target", metavar="OUT", help="model folder, or published file, to write")
+    parser.add_argument(
+        "--name",
+        metavar="NAME",
+        help="system to make of a published file, as kdc_mae (default: what the file is)",
+    )
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="model settings that weights cannot tell, as num_heads=12 (`kdcmae settings model`)",
+    )
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from kdcmae_fast.config_file import merge, parse_argument
+    from kdcmae_fast.convert import convert_checkpoint
+
+    found: dict[str, Any] = {}
+    for setting in options.settings:
+        key, value = parse_argument("model." + setting.removeprefix("model."))
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        merge(found, value)
+    with _log_shown():
+        convert_checkpoint(options.source, options.target, options.name, **found.get("model", {}))
+    print(f"wrote {options.target}")
+
+
+@contextlib.contextmanager
+def _log_shown() -> Iterator[None]:
+    """The library's messages on stderr, as they stand."""
+    logger = logging.getLogger("kdcmae_fast")
+    handler, level = logging.StreamHandler(sys.stderr), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+class Command(NamedTuple):
+    """One subcommand: its line in the list, its arguments, what it does with them."""
+
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+def _pretrain_parses_itself(_: Any) -> None:
+    raise AssertionError("unreachable: `_run` hands the arguments on")
+
+
+COMMANDS = {
+    "pretrain": Command(
+        "pretrain a model; takes what kdcmae_fast/pretrain.py takes",
+        _pretrain_parses_itself,
+        _pretrain_parses_itself,
+    ),
+    "retrieve": Command("cross-modal retrieval, both ways", _add_retrieve, _retrieve),
+    "reconstruct": Command(
+        "pictures of masked and reconstructed clips", _add_reconstruct, _reconstruct
+    ),
+    "convert": Command("published checkpoint to model folder, or back", _add_convert, _convert),
+    "backends": Command(
+        "which implementation each op takes here, and why", _add_backends, _backends
+    ),
+    "settings": Command("every setting with its default and unit", _add_settings, _settings),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Published checkpoints to our models and back.
+
+Files understood: CAV-MAE pretrained and fine-tuned, KDC-MAE pretrained, and ImageNet MAE (whole or
+encoder only) as a starting point.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcmae_fast.config import SYSTEMS
+from kdcmae_fast.models.build import (
+    CLASSIFIER,
+    Model,
+    check_name,
+    from_pretrained,
+    merge_config,
+    model_from_config,
+)
+from kdcmae_fast.models.masking import audio_grid, video_grid
+from kdcmae_fast.models.positions import sincos_positions
+from kdcmae_fast.models.pretrained import check_keys, common_dtype, load_state
+
+from .files import read_tensors, write_tensors
+from .infer import check_overrides, infer_settings
+from .keys import dead_norms, is_dead, is_unused, published_key
+from .mae import (
+    CLS_TOKENS,
+    has_decoder,
+    infer_mae_settings,
+    is_mae,
+    is_renamed_mae,
+    map_mae,
+    stays_fresh,
+)
+
+log = logging.getLogger("kdcmae_fast.convert")
+
+
+def load_published(
+    path: str | os.PathLike[str], name: str | None = None, **config_overrides: Any
+) -> Model:
+    """The model of a published checkpoint, on the CPU, in the file's dtype.
+
+    path: .pth or .safetensors; names with or without `module.`, also inside {"model": ...} or
+        {"state_dict": ...}.
+    name: another system on the same trunk, such as "kdc_mae" for a CAV-MAE file, or
+        "cav_mae_classifier" (with `num_classes=`) to fine-tune a pretrained one: its decoder is
+        dropped and the head is new. By default what the file is.
+    config_overrides: fields of `ModelConfig`. Sizes are read from the shapes and may not be
+        contradicted; `num_heads` and `decoder_num_heads` default to the published head sizes
+        (64 and 32) and must be given where those do not divide the width.
+
+    Strict: unknown and missing names are an error that lists them. Dropped and logged: the norms
+    no output depends on (see `keys.py`) and KDC-MAE's parameters that its code never reads. From
+    an ImageNet MAE file what it lacks (modality vectors, audio positions, and for an encoder-only
+    file the decoder) stays freshly initialised and is logged.
+    """
+    state = read_tensors(path)
+    name = _system(state, path) if name is None else name
+    check_name(name)
+    num_classes = config_overrides.pop("num_classes", None)
+    infer = infer_mae_settings if is_mae(state) else infer_settings
+    try:
+        fixed, guessed = infer(state, config_overrides)
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error.args[0]}: cannot read the sizes from it") from None
+    check_overrides(fixed, config_overrides, str(path))
+    config = merge_config({**SYSTEMS.get(name, {}), **fixed, **guessed}, config_overrides)
+    if name == CLASSIFIER and num_classes is None and "mlp_head.1.weight" in state:
+        num_classes = state["mlp_head.1.weight"].shape[0]
+    model = model_from_config(name, config, num_classes).to(common_dtype(state))
+    _fill(model, state, str(path))
+    return model
+
+
+def init_model(model: Model, path: str | os.PathLike[str]) -> None:
+    """Start an existing model from a published file, an ImageNet MAE file or a model folder.
+
+    The rules are those of `load_published`; a model folder may be of another system on the same
+    trunk. What only the model has (a new head, uncertainty weights) keeps its initial values.
+    """
+    folder = Path(path).is_dir()
+    state = published_state(from_pretrained(path)) if folder else read_tensors(path)
+    _fill(model, state, str(path))
+
+
+def published_state(model: Model) -> dict[str, Tensor]:
+    """The model's weights under the published names, dead norms included."""
+    live, dropped = {}, []
+    for key, tensor in model.state_dict().items():
+        name = published_key(key)
+        if name is None:
+            dropped.append(key)
+        else:
+            live[name] = tensor
+    if dropped:
+        log.warning("not in the published layout, left out: %s", ", ".join(dropped))
+    return live | dead_norms(live)
+
+
+def export_published(model: Model, path: str | os.PathLike[str]) -> None:
+    """Write a model in the published layout.
+
+    path: .pth (names under `module.`, as published) or .safetensors (bare names). Dead norms are
+    written as 1 and 0, so that the published code loads the file strictly; see `keys.py`.
+    """
+    write_tensors(path, published_state(model))
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    name: str | None = None,
+    **config_overrides: Any,
+) -> None:
+    """A published file to a model folder, or a model folder to a published file.
+
+    name, config_overrides: as in `load_published`; they do not apply to a model folder.
+    """
+    if Path(source).is_dir():
+        if name is not None or config_overrides:
+            given = ", ".join([*(["name"] if name else []), *config_overrides])
+            raise ValueError(f"{source} is a model folder with its own settings; drop {given}")
+        export_published(from_pretrained(source), target)
+    else:
+        load_published(source, name, **config_overrides).save_pretrained(target)
+
+
+def _system(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> str:
+    """The system a file belongs to."""
+    if is_mae(state) or is_renamed_mae(state):
+        return "cav_mae"
+    if "blocks_a.0.attn.qkv.weight" not in state:
+        names = ", ".join(sorted(state)[:5])
+        raise ValueError(f"{path} is neither CAV-MAE, KDC-MAE nor MAE; it begins with {names}")
+    if "mlp_head.1.weight" in state:
+        return CLASSIFIER
+    return "kdc_mae" if any(is_unused(key) for key in state) else "cav_mae"
+
+
+def _fill(model: Model, state: dict[str, Tensor], path: str) -> None:
+    """Load published (or MAE) tensors into the model, strictly."""
+    start = is_mae(state) or is_renamed_mae(state)
+    whole_mae = has_decoder(state)
+    given = map_mae(state, model.config.modality_depth) if is_mae(state) else state
+    given = _without_unused(given, model, start, path)
+    has_head = "mlp_head.1.weight" in given
+
+    def may_be_absent(name: str | None) -> bool:
+        if name is None:
+            return True
+        if model.name == CLASSIFIER and name.startswith("mlp_head."):
+            return not has_head
+        return start and stays_fresh(name, whole_mae)
+
+    own = model.state_dict()
+    names = {key: published_key(key) for key in own}
+    fresh = [key for key, name in names.items() if name not in given and may_be_absent(name)]
+    sources = {key: name for key, name in names.items() if name is not None and key not in fresh}
+    check_keys({name: own[key] for key, name in sources.items()}, given, path)
+    _check_positions(model, given, path)
+    if fresh:
+        log.info("%s has nothing for these, they stay as initialised: %s", path, ", ".join(fresh))
+    loaded = {key: given[name] for key, name in sources.items()}
+    load_state(model, loaded | {key: own[key] for key in fresh}, path)
+
+
+def _without_unused(
+    state: Mapping[str, Tensor], model: Model, start: bool, path: str
+) -> dict[str, Tensor]:
+    """The tensors to load, without those that are left out on purpose (logged)."""
+    dead = [key for key in state if is_dead(key)]
+    dropped = [key for key in state if is_unused(key)]
+    if start:
+        dropped += [key for key in state if key in CLS_TOKENS]
+    if model.name == CLASSIFIER:
+        decoder = [key for key in state if key.startswith("decoder_") or key == "mask_token"]
+        dropped += [key for key in decoder if key not in dead]
+    if dropped:
+        log.info("%s: dropped, the model has no use for %s", path, ", ".join(dropped))
+    if dead:
+        log.info("%s: dropped %d norms that no output depends on", path, len(dead))
+    gone = {*dead, *dropped}
+    return {key: tensor for key, tensor in state.items() if key not in gone}
+
+
+def _check_positions(model: Model, given: Mapping[str, Tensor], path: str) -> None:
+    """Warn where a pretrained file's fixed position table is not the sine-cosine one."""
+    if model.name == CLASSIFIER:
+        return
+    for suffix, grid in (("a", audio_grid(model.config)), ("v", video_grid(model.config))):
+        for key in (f"pos_embed_{suffix}", f"decoder_pos_embed_{suffix}"):
+            if key not in given:
+                continue
+            table = sincos_positions(given[key].shape[-1], grid)
+            error = (given[key][0].to(torch.float64) - table).abs().max()
+            if error > 1e-5:
+                log.warning("%s: %s is not the sine-cosine table (by %.1e); kept", path, key, error)

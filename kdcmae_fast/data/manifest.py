@@ -1,0 +1,134 @@
+"""The CAV-MAE (arXiv 2210.07839) layout: a JSON list of clips, a label CSV, frames as JPEG files.
+
+The JSON is {"data": [{"video_id", "wav", "video_path", "labels"}, ...]}; frame k of a clip is
+`<video_path>/frame_<k>/<video_id>.jpg`, the first picture of the k-th of `num_frames` equal parts;
+`labels` are comma-separated class ids ("mids") that the CSV (index,mid,display_name) numbers.
+"""
+
+import csv
+import json
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from kdcmae_fast.data.clip import FRAME_STREAM, Clip, ClipError, keyed_rng
+from kdcmae_fast.data.media import MediaError, MediaOptions, Window, read_picture, read_sound
+
+PLACEHOLDER = re.compile(r"<[^<>/]*>")  # as in "<YOUR_PATH>/audio/x.wav"
+
+
+class Entry(NamedTuple):
+    """One clip of the list."""
+
+    video_id: str
+    wav: str
+    video_path: str
+    label: int
+
+
+class ManifestClips:
+    """Clips of a JSON list; each epoch takes another of a clip's frames.
+
+    path: the JSON file. label_csv: "" when labels do not matter (they are -1 then).
+    A clip's class is the first of its labels.
+    """
+
+    def __init__(self, path: str, label_csv: str, options: MediaOptions, *, seed: int) -> None:
+        self.options = options
+        self.seed = seed
+        classes = read_label_csv(label_csv) if label_csv else None
+        self.entries = read_manifest(path, classes)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def video_id(self, index: int) -> str:
+        """The clip's name in the list."""
+        return self.entries[index].video_id
+
+    def read(self, index: int, epoch: int) -> Clip:
+        """Clip `index` as `epoch` sees it."""
+        entry = self.entries[index]
+        rng = keyed_rng(self.seed, FRAME_STREAM, epoch, index)
+        try:
+            waveform, window, duration = read_sound(entry.wav, self.options, rng)
+            k = _frame_number(window, duration, self.options.num_frames, rng)
+            path = f"{entry.video_path}/frame_{k}/{entry.video_id}.jpg"
+            frame = read_picture(path, self.options.img_size)
+        except MediaError as error:
+            raise ClipError(entry.video_id, str(error)) from error
+        return Clip(entry.video_id, index, waveform, frame, entry.label)
+
+
+def _frame_number(window: Window, duration: float, count: int, rng: np.random.Generator) -> int:
+    """One of the frames taken within the window (of the nearest one, if there are none)."""
+    times = np.arange(count) * (duration / count)
+    inside = np.flatnonzero((times >= window.start) & (times < window.start + window.seconds))
+    share = float(rng.random())
+    if not len(inside):
+        return int(np.abs(times - window.start - window.seconds / 2).argmin())
+    return int(inside[int(share * len(inside))])
+
+
+def read_label_csv(path: str) -> dict[str, int]:
+    """mid -> class number; ValueError naming the file and the line for anything else."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            table = csv.DictReader(file)
+            missing = {"index", "mid", "display_name"} - set(table.fieldnames or ())
+            if missing:
+                raise ValueError(
+                    f"label_csv={path}: no column {', '.join(sorted(missing))}; "
+                    f"the header must be index,mid,display_name"
+                )
+            rows = list(table)
+    except OSError as error:
+        raise ValueError(f"label_csv={path}: {error.strerror}") from error
+    classes: dict[str, int] = {}
+    for line, row in enumerate(rows, 2):
+        number = (row["index"] or "").strip()
+        if not number.isdecimal() or not row["mid"] or row["mid"] in classes:
+            raise ValueError(
+                f"label_csv={path}, line {line}: need a whole number and a mid not used before, "
+                f"got index={row['index']!r}, mid={row['mid']!r}"
+            )
+        classes[row["mid"]] = int(number)
+    return classes
+
+
+def read_manifest(path: str, classes: dict[str, int] | None) -> list[Entry]:
+    """The clips of a JSON list. classes: mid -> number, None: no labels wanted."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except OSError as error:
+        raise ValueError(f"data.path={path!r}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"data.path={path!r} is not JSON: {error}") from error
+    rows = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"data.path={path!r}: need an object with a filled list under 'data'")
+    return [_entry(f"data.path={path!r}, entry {i}", row, classes) for i, row in enumerate(rows)]
+
+
+def _entry(where: str, row: object, classes: dict[str, int] | None) -> Entry:
+    keys = ["video_id", "wav", "video_path"] + (["labels"] if classes is not None else [])
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: must be an object with {', '.join(keys)}")
+    for key in keys:
+        if not isinstance(row.get(key), str) or not row[key]:
+            raise ValueError(f"{where}: {key!r} must be text, got {row.get(key)!r}")
+    for key in ("wav", "video_path"):
+        if found := PLACEHOLDER.search(row[key]):
+            raise ValueError(
+                f"{where}: {key}={row[key]!r} still has the placeholder {found.group()}; "
+                f"put the real folder there"
+            )
+    label = -1
+    if classes is not None:
+        mid = row["labels"].split(",")[0].strip()
+        if mid not in classes:
+            raise ValueError(f"{where} ({row['video_id']}): label {mid!r} is not in the label CSV")
+        label = classes[mid]
+    return Entry(row["video_id"], row["wav"], row["video_path"].rstrip("/"), label)

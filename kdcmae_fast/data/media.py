@@ -1,0 +1,152 @@
+"""Sound files and pictures, and what every clip's sound and frame must pass through."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcmae_fast.config import DataConfig, ModelConfig
+from kdcmae_fast.data.clip import FRAME_LENGTH, FRAME_SHIFT, SAMPLE_RATE
+from kdcmae_fast.data.resample import resample
+
+MIN_SECONDS = 0.4  # of sound; less is no clip
+SILENCE_PEAK = 2.0**-14  # two steps of 16-bit sound: nothing louder is digital silence
+MISSING_SECONDS = 0.5  # a stream that ends this much before its stated end is truncated
+
+
+class MediaError(Exception):
+    """A file that cannot be used; the message is one line without the clip's name."""
+
+
+@dataclass(frozen=True)
+class MediaOptions:
+    """How a file becomes a clip.
+
+    audio_length: fbank rows of a clip. img_size: pixels. num_frames: frames to choose from.
+    channel, reject_silence: as in DataConfig.
+    """
+
+    audio_length: int
+    img_size: int
+    num_frames: int
+    channel: Literal["first", "mean"]
+    reject_silence: bool
+
+    @classmethod
+    def of(cls, data: DataConfig, model: ModelConfig) -> "MediaOptions":
+        """From a run's settings."""
+        if data.num_frames < 1:
+            raise ValueError(f"num_frames={data.num_frames} must be at least 1")
+        return cls(
+            audio_length=model.audio_length,
+            img_size=model.img_size,
+            num_frames=data.num_frames,
+            channel=data.channel,
+            reject_silence=data.reject_silence,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Longest sound a clip uses: just enough for `audio_length` rows."""
+        return (FRAME_LENGTH + (self.audio_length - 1) * FRAME_SHIFT) / SAMPLE_RATE
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of a file a clip is made of, in seconds from its start."""
+
+    start: float
+    seconds: float
+
+
+def choose_window(duration: float | None, seconds: float, rng: np.random.Generator) -> Window:
+    """A stretch of at most `seconds`, anywhere in `duration` (None: unknown, then at the start).
+
+    Draws one number from `rng` in every case, so that later draws do not depend on the duration.
+    """
+    share = float(rng.random())
+    if duration is None:
+        return Window(0.0, seconds)
+    return Window(share * max(0.0, duration - seconds), min(duration, seconds))
+
+
+def require_file(path: str) -> None:
+    """MediaError unless `path` is a file with something in it."""
+    try:
+        size = os.stat(path).st_size
+    except OSError as error:
+        raise MediaError(f"{path}: {error.strerror}") from error
+    if not os.path.isfile(path):
+        raise MediaError(f"{path}: not a file")
+    if size == 0:
+        raise MediaError(f"{path}: empty file (0 bytes)")
+
+
+def read_sound(
+    path: str, options: MediaOptions, rng: np.random.Generator
+) -> tuple[Tensor, Window, float]:
+    """Sound of a wav, flac or other file libsndfile reads: waveform, its window, file's seconds."""
+    import soundfile
+
+    require_file(path)
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate, total = file.samplerate, file.frames
+            window = choose_window(total / rate, options.seconds, rng)
+            first, wanted = round(window.start * rate), round(window.seconds * rate)
+            file.seek(first)
+            samples = file.read(wanted, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise MediaError(f"{path}: cannot decode the sound: {error}") from error
+    require_length(len(samples) / rate, wanted / rate, "sound")
+    return finish_waveform(samples.T, rate, options), window, total / rate
+
+
+def require_length(found: float, stated: float, what: str) -> None:
+    """MediaError when a stream is truncated: `found` seconds where the file states `stated`."""
+    if found < stated - MISSING_SECONDS or found < 0.5 * stated:
+        raise MediaError(f"{what} ends after {found:.2f} s of {stated:.2f} s: truncated or damaged")
+
+
+def finish_waveform(samples: NDArray[np.float32], rate: int, options: MediaOptions) -> Tensor:
+    """(channels, n) at `rate` Hz -> (N,) at 16 kHz; MediaError for what is no sound."""
+    mono = samples[0] if options.channel == "first" else samples.mean(0)
+    if len(mono) < MIN_SECONDS * rate:
+        raise MediaError(f"sound is {len(mono) / rate:.2f} s long, less than {MIN_SECONDS} s")
+    if not np.isfinite(mono).all():
+        raise MediaError("sound has values that are not numbers")
+    if options.reject_silence and np.abs(mono - mono.mean()).max() <= SILENCE_PEAK:
+        raise MediaError("digital silence")
+    waveform = torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))
+    return resample(waveform, rate, SAMPLE_RATE)
+
+
+def read_picture(path: str, img_size: int) -> Tensor:
+    """(3, img_size, img_size) uint8 of an image file."""
+    from PIL import Image
+
+    require_file(path)
+    try:
+        with Image.open(path) as image:
+            return fit_picture(np.asarray(image.convert("RGB")), img_size)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MediaError(f"{path}: cannot decode the picture: {error}") from error
+
+
+def fit_picture(pixels: NDArray[np.uint8], img_size: int) -> Tensor:
+    """(H, W, 3) -> (3, img_size, img_size): short side to img_size (bicubic), centre crop."""
+    from PIL import Image
+
+    height, width = pixels.shape[:2]
+    scale = img_size / min(height, width)
+    size = max(img_size, round(width * scale)), max(img_size, round(height * scale))
+    image = Image.fromarray(pixels)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (size[0] - img_size) // 2, (size[1] - img_size) // 2
+    crop = np.asarray(image)[top : top + img_size, left : left + img_size]
+    return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))

@@ -1,0 +1,152 @@
+"""Video files, decoded on the fly: the seconds of sound and the one frame a clip needs."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcmae_fast.data.media import (
+    MIN_SECONDS,
+    MediaError,
+    MediaOptions,
+    Window,
+    choose_window,
+    finish_waveform,
+    fit_picture,
+    require_file,
+    require_length,
+)
+
+GAP_SECONDS = 0.05  # a jump of the sound's clock by more is a gap, less is rounding
+SEEK_MARGIN = 0.1  # seconds decoded before the wanted sound, for the codec to settle
+MICROSECONDS = 1_000_000  # FFmpeg's unit of a container's times
+
+
+def read_video(path: str, options: MediaOptions, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Waveform (N,) and frame (3, img_size, img_size) of a video file.
+
+    Two draws from `rng`: where the window lies in a file longer than a clip, and which of
+    `num_frames` times in the window (the middles of equal parts) the frame is taken at.
+    """
+    import av
+
+    require_file(path)
+    try:
+        # Only local files: a playlist in disguise must not reach the network.
+        with av.open(path, options={"protocol_whitelist": "file"}, metadata_errors="ignore") as f:
+            sound, picture = _streams(f)
+            origin = (f.start_time or 0) / MICROSECONDS
+            window = choose_window(_duration(f, sound, picture), options.seconds, rng)
+            share = (int(rng.integers(options.num_frames)) + 0.5) / options.num_frames
+            samples = _read_sound(f, sound, window, origin)
+            waveform = finish_waveform(samples, sound.codec_context.sample_rate, options)
+            heard = min(window.seconds, samples.shape[1] / sound.codec_context.sample_rate)
+            pixels = _read_frame(f, picture, window.start + share * heard, origin)
+    except (av.FFmpegError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise MediaError(f"cannot decode, truncated or damaged: {reason}") from error
+    return waveform, fit_picture(pixels, options.img_size)
+
+
+def _streams(container: Any) -> tuple[Any, Any]:
+    """The first audio stream and the first video stream that is no cover picture."""
+    from av.stream import Disposition
+
+    sounds = list(container.streams.audio)
+    pictures = [v for v in container.streams.video if not v.disposition & Disposition.attached_pic]
+    for kind, streams in (("audio", sounds), ("video", pictures)):
+        if not streams:
+            raise MediaError(f"no {kind} stream")
+        if streams[0].codec_context is None:
+            raise MediaError(f"no decoder for the {kind} stream")
+        # Loader processes already use the cores; more threads each would fight for them.
+        streams[0].codec_context.thread_count = 1
+    return sounds[0], pictures[0]
+
+
+def _duration(container: Any, *streams: Any) -> float | None:
+    """Seconds that all streams have, as far as the file says; None if it does not."""
+    stated = [seconds for seconds in map(_stated_seconds, streams) if seconds]
+    if not stated and container.duration:
+        stated = [container.duration / MICROSECONDS]
+    return min(stated, default=None)
+
+
+def _stated_seconds(stream: Any) -> float | None:
+    """How long a stream is by its own header, or by the tag that Matroska has instead."""
+    if stream.duration:
+        return stream.duration * float(stream.time_base)
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if tag is None:
+        return None
+    hours, minutes, seconds = map(float, tag.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def _read_sound(container: Any, stream: Any, window: Window, origin: float) -> NDArray[np.float32]:
+    """(channels, n) float32 at the stream's rate: the window, shorter where the file ends.
+
+    Samples are placed by their time stamps, so sound that starts late or has gaps keeps its place.
+    """
+    rate = stream.codec_context.sample_rate
+    wanted = round(window.seconds * rate)
+    samples: NDArray[np.float32] | None = None
+    end, heard = 0, 0  # where the last piece ended, in samples from the window's start
+    if window.start > 0:
+        start = origin + window.start - SEEK_MARGIN
+        container.seek(int(start / stream.time_base), stream=stream)
+    for time, piece in _sound_pieces(container, stream):
+        if samples is None:
+            samples = np.zeros((len(piece), wanted), dtype=np.float32)
+            end = round((time - origin - window.start) * rate)
+        place = round((time - origin - window.start) * rate)
+        place = place if abs(place - end) > GAP_SECONDS * rate else end
+        end = place + piece.shape[1]
+        first, last = max(place, 0), min(end, wanted)
+        if last > first:
+            samples[:, first:last] = piece[:, first - place : last - place]
+            heard = last
+        if end >= wanted:
+            break
+    if samples is None or heard < MIN_SECONDS * rate:
+        raise MediaError(f"sound is {heard / rate:.2f} s long, less than {MIN_SECONDS} s")
+    if stated := _stated_seconds(stream):
+        require_length(heard / rate, min(window.seconds, stated - window.start), "sound")
+    return samples[:, :heard]
+
+
+def _sound_pieces(container: Any, stream: Any) -> Iterator[tuple[float, NDArray[np.float32]]]:
+    """Decoded pieces: time in seconds, (channels, n) float32 in [-1, 1]."""
+    import av
+
+    planar = av.AudioResampler(format="fltp")  # only the number format changes
+    for frame in container.decode(stream):
+        for part in planar.resample(frame):
+            if part.time is not None and part.samples:
+                yield part.time, np.asarray(part.to_ndarray(), dtype=np.float32)
+
+
+def _read_frame(container: Any, stream: Any, time: float, origin: float) -> NDArray[np.uint8]:
+    """(H, W, 3) upright RGB frame shown at `time` seconds."""
+    target = origin + time
+    container.seek(max(0, int(target / stream.time_base)), stream=stream)
+    shown = None
+    for frame in container.decode(stream):
+        if frame.time is None:
+            continue
+        if frame.time > target and shown is not None:
+            break
+        shown = frame
+        if frame.time > target:
+            break
+    if shown is None:
+        raise MediaError(f"no video frame at {time:.2f} s: truncated or damaged")
+    rate = float(stream.average_rate or 1)
+    require_length(shown.time - origin + max(3 / rate, 0.5), time, "video")
+    if shown.is_corrupt:
+        raise MediaError(f"damaged video frame at {time:.2f} s")
+    pixels = shown.to_ndarray(format="rgb24")
+    return np.rot90(pixels, k=round(shown.rotation / 90) % 4)

@@ -1,0 +1,92 @@
+"""CAV-MAE (arXiv 2210.07839) and, with two or more views, KDC-MAE (arXiv 2411.12270)."""
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from kdcmae_fast.batch import Batch
+from kdcmae_fast.config import ModelConfig
+
+from .decoder import Decoder
+from .encoder import Encoder
+from .init import init_weights
+from .masking import check_plans, draw_plans
+from .objectives import Objective, pool
+from .outputs import Features, Losses, Plans, Reconstruction
+from .pretrained import PretrainedModel
+
+
+class CavMae(PretrainedModel):
+    """Audio-visual masked autoencoder with a contrastive term and self-distillation of views.
+
+    config: sizes, masking and objective. name: the system it is saved under.
+
+    contrast_group: ranks whose clips are negatives of each other with `negatives="global"`; None
+    (default) means this process alone. The training engine sets it.
+    """
+
+    def __init__(self, config: ModelConfig, *, name: str = "cav_mae") -> None:
+        super().__init__()
+        self.config = config
+        self.name = name
+        self.contrast_group: ProcessGroup | None = None
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.objective = Objective(config)
+        init_weights(self)
+
+    def forward(self, batch: Batch, plans: Plans | None = None, step: int = 0) -> Losses:
+        """Losses of one step.
+
+        batch: B clips. plans: {"audio": MaskPlan, "video": MaskPlan} instead of the model's own,
+        which follow from `mask_seed`, `step` and the sample ids.
+        """
+        plans = self._plans(batch, plans, step)
+        batch = self._rows(batch)
+        latents = self.encoder(batch.fbank, batch.frames, plans, self.objective.streams)
+        predictions = None
+        if "mae_audio" in self.objective.terms:
+            predictions = self.decoder(latents.joint, plans)
+        return self.objective(latents, predictions, batch, plans, self.contrast_group)
+
+    def encode(self, fbank: Tensor | None = None, frames: Tensor | None = None) -> Features:
+        """Unmasked features of one or both modalities.
+
+        fbank: (B, T, F) normalised. frames: (B, 3, H, W) uint8, or floats already normalised.
+        """
+        if fbank is None and frames is None:
+            raise ValueError("fbank and frames are both None: give at least one of them")
+        latents = self.encoder.encode(fbank, frames)
+        audio, video = latents.audio, latents.video
+        return Features(
+            audio=None if audio is None else pool(audio),
+            video=None if video is None else pool(video),
+            audio_tokens=audio,
+            video_tokens=video,
+        )
+
+    def reconstruct(
+        self, batch: Batch, plans: Plans | None = None, step: int = 0
+    ) -> Reconstruction:
+        """Predicted patches of all tokens under each view's mask; arguments as in `forward`."""
+        plans = self._plans(batch, plans, step)
+        batch = self._rows(batch)
+        latents = self.encoder(batch.fbank, batch.frames, plans, ("joint",))
+        audio, video = self.decoder(latents.joint, plans, masked_only=False)
+        return Reconstruction(audio, video, plans)
+
+    def _plans(self, batch: Batch, plans: Plans | None, step: int) -> Plans:
+        if plans is None:
+            return draw_plans(self.config, batch.sample_ids, step)
+        check_plans(self.config, plans, batch.fbank.shape[0])
+        return plans
+
+    def _rows(self, batch: Batch) -> Batch:
+        """The clips as the plans' rows: independent views are rows of their own."""
+        views = self.config.num_views
+        if self.config.views == "complementary" or views == 1:
+            return batch
+        return Batch(
+            batch.fbank.repeat(views, 1, 1),
+            batch.frames.repeat(views, 1, 1, 1),
+            batch.sample_ids.repeat(views),
+        )

@@ -1,0 +1,81 @@
+"""The mask plans of a step: K views of both modalities from the settings and the sample ids."""
+
+from torch import Tensor
+
+from kdcmae_fast.config import ModelConfig
+from kdcmae_fast.kernels import MaskPlan, complementary_masks
+
+from .outputs import Plans
+
+MODALITIES = ("audio", "video")
+
+
+def audio_grid(config: ModelConfig) -> tuple[int, int]:
+    """Audio patches (frequency, time); tokens are numbered frequency-major."""
+    return config.num_mel_bins // config.patch_size, config.audio_length // config.patch_size
+
+
+def video_grid(config: ModelConfig) -> tuple[int, int]:
+    """Image patches (rows, columns)."""
+    side = config.img_size // config.patch_size
+    return side, side
+
+
+def draw_plans(config: ModelConfig, sample_ids: Tensor, step: int) -> Plans:
+    """Plans of both modalities for clips `sample_ids` (B,) at this step.
+
+    views="complementary": each plan has B rows and K disjoint views (KDC-MAE, arXiv 2411.12270).
+    views="independent": K*B rows (view-major) of one view each, drawn independently; view 0 is the
+    same as under "complementary".
+    """
+    return {
+        "audio": _draw(config, sample_ids, step, audio_grid(config), 0, config.audio_mask_mode),
+        "video": _draw(config, sample_ids, step, video_grid(config), 1, "unstructured"),
+    }
+
+
+def _draw(
+    config: ModelConfig,
+    sample_ids: Tensor,
+    step: int,
+    grid: tuple[int, int],
+    stream: int,
+    mode: str,
+) -> MaskPlan:
+    ratio = (config.audio_mask_ratio, config.video_mask_ratio)[stream]
+    ratio = config.mask_ratio if ratio is None else ratio
+    independent = config.views == "independent"
+
+    def masks(num_views: int, stream: int) -> MaskPlan:
+        return complementary_masks(
+            sample_ids,
+            grid,
+            ratio,
+            num_views=num_views,
+            mode=mode,
+            seed=config.mask_seed,
+            step=step,
+            stream=stream,
+        )
+
+    if not independent or config.num_views == 1:
+        return masks(config.num_views, stream)
+    # Each further view has its own random stream, 2 apart: streams 0 and 1 are the modalities.
+    return MaskPlan.cat([masks(1, stream + 2 * view) for view in range(config.num_views)])
+
+
+def check_plans(config: ModelConfig, plans: Plans, batch: int) -> None:
+    """ValueError unless `plans` suit this model and a batch of `batch` clips."""
+    if sorted(plans) != sorted(MODALITIES):
+        raise ValueError(f"plans must have the keys audio and video, got {sorted(plans)}")
+    for name, grid in (("audio", audio_grid(config)), ("video", video_grid(config))):
+        plan, tokens = plans[name], grid[0] * grid[1]
+        views = (config.num_views, batch)
+        if config.views == "independent":
+            views = (1, config.num_views * batch)
+        got = (plan.num_views, plan.token_of_rank.shape[0], plan.num_tokens)
+        if got != (*views, tokens):
+            raise ValueError(
+                f"plans[{name!r}] has (views, rows, tokens) = {got}, this model needs "
+                f"{(*views, tokens)} for a batch of {batch}"
+            )

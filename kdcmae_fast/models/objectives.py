@@ -1,0 +1,182 @@
+"""The terms of the objective as functions of latents and predictions, and their weighting.
+
+B clips, K views stacked view-major (row k*B + b), D width.
+"""
+
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from kdcmae_fast.batch import Batch
+from kdcmae_fast.config import DistillConfig, ModelConfig
+from kdcmae_fast.kernels import distillation_loss, info_nce, masked_reconstruction_loss
+
+from .outputs import Latents, Losses, Plans, Terms
+
+
+def pool(tokens: Tensor) -> Tensor:
+    """Mean over the tokens: (N, L, D) -> (N, D), summed and returned in fp32 or better."""
+    return tokens.mean(dim=1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+
+
+def reconstruction_losses(
+    config: ModelConfig, predictions: tuple[Tensor, Tensor], batch: Batch, plans: Plans
+) -> dict[str, Tensor]:
+    """Masked reconstruction error of each view: mae_audio and mae_video, (K,) each.
+
+    predictions: audio and video patches, all of them or the removed ones in `ids_masked` order.
+    batch: its rows are the plans' rows.
+    """
+    losses = {}
+    for name, pred, pixels in zip(
+        ("audio", "video"), predictions, (batch.fbank, batch.frames), strict=True
+    ):
+        rows = masked_reconstruction_loss(
+            pred,
+            pixels,
+            plans[name],
+            patch_size=config.patch_size,
+            norm_pix=config.norm_pix_loss,
+            reduction="none",
+            pixel_mean=config.pixel_mean if name == "video" else None,
+            pixel_std=config.pixel_std if name == "video" else None,
+        )
+        losses[f"mae_{name}"] = rows.view(config.num_views, -1).mean(dim=1)
+    return losses
+
+
+def contrastive_losses(
+    config: ModelConfig, audio: Tensor, video: Tensor, group: ProcessGroup | None
+) -> Tensor:
+    """InfoNCE between the pooled latents of each view's clips: 2 x (K*B, D) -> (K,)."""
+    views = zip(audio.chunk(config.num_views), video.chunk(config.num_views), strict=True)
+    return torch.stack(
+        [
+            info_nce(
+                a,
+                v,
+                temperature=config.temperature,
+                symmetric=config.symmetric,
+                group=group if config.negatives == "global" else None,
+            )
+            for a, v in views
+        ]
+    )
+
+
+def distillation(distill: DistillConfig, num_views: int, pooled: list[Tensor]) -> Tensor:
+    """Divergence between the views (KDC-MAE, arXiv 2411.12270), a () mean over the batch.
+
+    pooled: one (K*B, D) per stream (joint; also audio and video with on="joint+modality"); the
+    streams' terms are added. With more than two views it is the mean over all pairs.
+    "batch_shift" takes its minimum over the clips of this call, that is of this rank.
+    """
+    terms = []
+    for stream in pooled:
+        pairs = list(combinations(stream.chunk(num_views), 2))
+        values = [
+            distillation_loss(
+                first.detach() if distill.stop_gradient else first,
+                second,
+                divergence=distill.divergence,
+                distribution=distill.distribution,
+                temperature=distill.temperature,
+            )
+            for first, second in pairs
+        ]
+        terms.append(torch.stack(values).mean())
+    return torch.stack(terms).sum()
+
+
+class FixedWeights(nn.Module):
+    """total = sum of weight * term."""
+
+    def __init__(self, weights: dict[str, float]) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, terms: dict[str, Tensor]) -> Tensor:
+        """Named () terms -> () total."""
+        return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+
+
+class UncertaintyWeights(nn.Module):
+    """total = sum of exp(-s) * weight * term + s with a learned s per term (Kendall et al. 2018).
+
+    Every term of the objective has its own s: mae_audio, mae_video, contrastive, kd (those it
+    has), each after summing over the views. s starts at 0, so that training starts from the fixed
+    weighting; at its optimum a term's own weight has cancelled out.
+    """
+
+    def __init__(self, weights: dict[str, float]) -> None:
+        super().__init__()
+        self.weights = weights
+        self.log_variance = nn.Parameter(torch.zeros(len(weights)))
+
+    def forward(self, terms: dict[str, Tensor]) -> Tensor:
+        """Named () terms -> () total."""
+        values = torch.stack([self.weights[name] * terms[name] for name in self.weights])
+        log_variance = self.log_variance.to(values.dtype)
+        return ((-log_variance).exp() * values + log_variance).sum()
+
+
+class Objective(nn.Module):
+    """All terms a configuration asks for. A term whose weight is 0 is not computed."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        weights = {
+            "mae_audio": config.mae_loss_weight,
+            "mae_video": config.mae_loss_weight,
+            "contrastive": config.contrast_loss_weight,
+            "kd": config.kd_loss_weight if config.distill.on != "off" else 0.0,
+        }
+        weights = {name: weight for name, weight in weights.items() if weight}
+        if not weights:
+            raise ValueError(
+                "mae_loss_weight=0 and contrast_loss_weight=0 without distillation: "
+                "the objective is empty; give one of them a weight"
+            )
+        self.terms = frozenset(weights)
+        uncertain = config.loss_weighting == "uncertainty"
+        self.weighting = UncertaintyWeights(weights) if uncertain else FixedWeights(weights)
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The passes of the shared blocks that the terms read."""
+        modality = self.config.distill.on == "joint+modality" and "kd" in self.terms
+        joint = "mae_audio" in self.terms or "kd" in self.terms
+        split = "contrastive" in self.terms or modality
+        return (("joint",) if joint else ()) + (("audio", "video") if split else ())
+
+    def forward(
+        self,
+        latents: Latents,
+        predictions: tuple[Tensor, Tensor] | None,
+        batch: Batch,
+        plans: Plans,
+        group: ProcessGroup | None = None,
+    ) -> Losses:
+        """Latents, the decoder's predictions (None without a mae term), the pixels -> losses."""
+        config = self.config
+        views: dict[str, Tensor] = {}
+        if predictions is not None:
+            views |= reconstruction_losses(config, predictions, batch, plans)
+        pooled = {name: pool(x) for name, x in latents._asdict().items() if x is not None}
+        if "contrastive" in self.terms:
+            views["contrastive"] = contrastive_losses(
+                config, pooled["audio"], pooled["video"], group
+            )
+        terms = {name: values.sum() for name, values in views.items()}
+        if "kd" in self.terms:
+            joint_only = config.distill.on == "joint"
+            streams = [pooled["joint"]] if joint_only else list(pooled.values())
+            terms["kd"] = distillation(config.distill, config.num_views, streams)
+        per_view = tuple(
+            Terms({name: values[k] for name, values in views.items()})
+            for k in range(config.num_views)
+        )
+        return Losses({"total": self.weighting(terms)} | terms, per_view)

@@ -1,0 +1,56 @@
+"""From the options of the command line to a run: every mistake shows before any work starts."""
+
+import argparse
+import logging
+from pathlib import Path
+
+from kdcmae_fast.config_file import load_config
+from kdcmae_fast.training.deepspeed_config import check_deepspeed_config, load_deepspeed_config
+from kdcmae_fast.training.run_folder import saved_settings
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"  # in a checkout
+
+logger = logging.getLogger(__name__)
+
+
+def run_pretraining(options: argparse.Namespace) -> None:
+    """Read the settings, train, draw the loss curves.
+
+    options: settings, ds_config, recipe, output, resume, profile, as `pretrain.py` parses them.
+    """
+    ours = [argument for argument in options.settings if not argument.startswith("ds.")]
+    theirs = [argument for argument in options.settings if argument.startswith("ds.")]
+    saved = saved_settings(options.output) if options.resume else None
+    if saved is not None and options.recipe is None:
+        config = load_config(saved["config"], ours)
+    else:
+        config = load_config(options.recipe or _default("demo.yaml", "--recipe"), ours)
+    if saved is not None and options.ds_config is None:
+        deepspeed = check_deepspeed_config(saved["deepspeed"], theirs, str(options.output))
+    else:
+        path = options.ds_config or _default("zero2.json", "--ds_config")
+        deepspeed = load_deepspeed_config(path, theirs)
+
+    from kdcmae_fast.training.engine import pretrain  # DeepSpeed: seconds, so after the checks
+
+    world = pretrain(
+        config, deepspeed, options.output, resume=options.resume, profile=options.profile
+    )
+    if world.is_main:
+        _draw_losses(options.output)
+
+
+def _default(name: str, option: str) -> Path:
+    path = CONFIGS / name
+    if not path.is_file():
+        raise ValueError(f"{option} is missing, and there is no {path} to fall back on")
+    return path
+
+
+def _draw_losses(output: Path) -> None:
+    try:
+        from kdcmae_fast.evaluation.plots import plot_losses
+
+        plot_losses(output / "log.jsonl", output / "loss.png")
+    except ImportError as error:
+        logger.warning("loss.png is not drawn: %s", error)

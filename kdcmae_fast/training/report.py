@@ -1,0 +1,97 @@
+"""What is written beside a run: config.json at the start, metrics.json at the end."""
+
+import json
+import platform
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from kdcmae_fast import __version__
+from kdcmae_fast.data import BadClip
+from kdcmae_fast.training.checkpoint import write_text
+from kdcmae_fast.training.tracking import LOSSES
+
+PACKAGES = ("torch", "deepspeed", "triton", "numpy", "av", "soundfile")
+
+
+def versions() -> dict[str, str]:
+    """Python, this package, and what matters to its numbers; absent packages are left out."""
+    found = {"python": platform.python_version(), "kdcmae_fast": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package runs from (+ "-dirty"); None outside of one."""
+    checkout = Path(__file__).resolve().parents[2]
+    if _git(checkout, "rev-parse", "--show-toplevel") != str(checkout):
+        return None
+    commit = _git(checkout, "rev-parse", "HEAD")
+    dirty = _git(checkout, "status", "--porcelain", "-uno")
+    return f"{commit}-dirty" if dirty else commit
+
+
+def write_config(output: Path, settings: Mapping[str, Any]) -> None:
+    """config.json: resolved settings, versions and commit."""
+    record = {**settings, "versions": versions(), "git_commit": git_commit()}
+    write_text(output / "config.json", json.dumps(record, indent=1))
+
+
+def write_metrics(output: Path, figures: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """metrics.json: `figures`, start and final losses from log.jsonl, and how they came about."""
+    records = read_log(output / "log.jsonl")
+    losses = {
+        f"{when}_losses": _losses(record)
+        for when, record in zip(("start", "final"), records[:1] + records[-1:], strict=False)
+    }
+    rates = [record["clips_per_second"] for record in records[1:]]
+    record = {
+        **figures,
+        **losses,
+        "clips_per_second": statistics.median(rates) if rates else None,
+        **settings,
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+    write_text(output / "metrics.json", json.dumps(record, indent=1))
+
+
+def write_bad_clips(output: Path, clips: Sequence[BadClip]) -> None:
+    """bad_clips.jsonl: name and reason of every clip that was left out."""
+    lines = [json.dumps(clip._asdict()) + "\n" for clip in clips]
+    write_text(output / "bad_clips.jsonl", "".join(lines))
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Records of a log.jsonl in order."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def finished_steps(output: Path) -> int | None:
+    """Steps of the finished run in `output`; None if there is none."""
+    try:
+        record = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return record["steps"]
+
+
+def _losses(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: record[name] for name in LOSSES if name in record}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

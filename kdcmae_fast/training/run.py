@@ -1,0 +1,130 @@
+"""A run, built from its settings or taken up from a checkpoint."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from kdcmae_fast.config import RunConfig
+from kdcmae_fast.config_file import Settings
+from kdcmae_fast.data import BadClip, BadClips, ClipDataset, Loader, make_loader, open_dataset
+from kdcmae_fast.training import checkpoint, deepspeed_config, report, run_folder
+from kdcmae_fast.training.distributed import World
+from kdcmae_fast.training.optimizers import build_optimizer
+from kdcmae_fast.training.schedule import RunLength, run_length
+from kdcmae_fast.training.tracking import Tracker, open_tracker
+from kdcmae_fast.training.weights import initial_model, untrained_tensors
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """Everything a run is made of, the same on every rank but for `world.rank`."""
+
+    config: RunConfig
+    settings: Settings  # both sources of truth, as config.json holds them
+    output: Path
+    world: World
+    dataset: ClipDataset
+    length: RunLength
+    engine: Any  # DeepSpeed's
+    untrained: dict[str, Tensor]  # what the engine keeps no fp32 master of
+    bad_clips: BadClips
+    first_step: int  # 0, or where a resumed run goes on
+
+
+def prepare(
+    config: RunConfig, deepspeed: Settings, output: Path, world: World, *, resume: bool
+) -> Run | None:
+    """Build the run or take it up again; None if it is finished already."""
+    start = run_folder.find_checkpoint(output, resume=resume)
+    if start is not None:
+        run_folder.check_same_run(output, config)
+    dataset = open_dataset(config.data, config.model, seed=config.train.seed)
+    length = run_length(
+        config.train,
+        num_clips=len(dataset),
+        global_batch=deepspeed["train_micro_batch_size_per_gpu"] * world.size,
+        accumulation=deepspeed_config.accumulation_of(deepspeed),
+    )
+    if start is not None and report.finished_steps(output) == length.total_steps:
+        return None
+    zero_stage = deepspeed_config.zero_stage_of(deepspeed)
+    progress = None if start is None else checkpoint.read_progress(start)
+    if progress is not None:
+        run_folder.check_layout(progress, length, zero_stage)
+    settings = run_folder.all_settings(config, deepspeed)
+    dist.barrier()  # every rank has looked before rank 0 writes
+    if world.is_main:
+        output.mkdir(parents=True, exist_ok=True)
+        checkpoint.clear_leftovers(output / "checkpoints")
+        report.write_config(output, settings)
+
+    model = initial_model(config, resumed=start is not None)
+    untrained = untrained_tensors(model)
+    bad_clips = BadClips(len(dataset), config.data.max_bad_share)
+    convert = progress is not None and checkpoint.needs_conversion(progress, world, zero_stage)
+    engine = _build_engine(model, config, deepspeed, world, load_universal=convert)
+    first_step = 0
+    if start is not None and progress is not None:
+        checkpoint.load_checkpoint(engine, start, world, convert=convert)
+        untrained = checkpoint.read_untrained(start)
+        bad_clips.add(BadClip(*row) for row in progress.bad_clips)
+        first_step = progress.step
+        logger.info("resumed from %s", start)
+    return Run(
+        config, settings, output, world, dataset, length, engine, untrained, bad_clips, first_step
+    )
+
+
+def _build_engine(
+    model: Any, config: RunConfig, deepspeed: Settings, world: World, *, load_universal: bool
+) -> Any:
+    import deepspeed as ds
+
+    if config.model.negatives == "global" and world.size > 1:
+        model.contrast_group = dist.group.WORLD
+    optimizer = build_optimizer(
+        model,
+        config.optim,
+        zero_stage=deepspeed_config.zero_stage_of(deepspeed),
+        bf16=deepspeed_config.uses_bf16(deepspeed),
+    )
+    engine, *_ = ds.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config.for_engine(deepspeed, load_universal=load_universal),
+    )
+    torch.manual_seed(config.train.seed + 1 + world.rank)
+    return engine
+
+
+def loader_of(run: Run) -> Loader:
+    """This rank's batches from the run's first step on."""
+    return make_loader(
+        run.dataset,
+        data=run.config.data,
+        seed=run.config.train.seed,
+        micro_batch_size=run.length.global_batch // run.world.size,
+        rank=run.world.rank,
+        world_size=run.world.size,
+        start_sample=run.first_step * run.length.samples_per_step,
+    )
+
+
+def tracker_of(run: Run) -> Tracker:
+    """The run's logs; silent on all ranks but 0."""
+    if not run.world.is_main:
+        return Tracker()
+    return open_tracker(
+        run.output,
+        start_step=run.first_step,
+        total_steps=run.length.total_steps,
+        wandb=run.config.train.wandb,
+        settings=run.settings,
+    )

@@ -1,0 +1,88 @@
+"""A run's folder: may this run use it, what did it hold, and do the settings still agree?"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kdcmae_fast.config import RunConfig
+from kdcmae_fast.config_file import Settings, settings_of
+from kdcmae_fast.training.checkpoint import Progress, complete_checkpoints
+from kdcmae_fast.training.schedule import RunLength
+
+# Settings that a resumed run may change: they do not enter the computation, or only its length.
+FREE = (
+    "train.steps", "train.epochs", "train.log_every", "train.checkpoint_every",
+    "train.keep_checkpoints", "train.wandb", "train.init_from",
+    "data.num_workers", "data.path", "data.label_csv",
+)  # fmt: skip
+
+
+def all_settings(config: RunConfig, deepspeed: Mapping[str, Any]) -> Settings:
+    """What config.json and every checkpoint hold: both sources of truth, resolved."""
+    return {"config": settings_of(config), "deepspeed": dict(deepspeed)}
+
+
+def saved_settings(output: Path) -> Settings | None:
+    """`all_settings` of the run in `output`; None if there is none."""
+    try:
+        return json.loads((output / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def find_checkpoint(output: Path, *, resume: bool) -> Path | None:
+    """The checkpoint to go on from.
+
+    Raises ValueError when the folder holds a run and `resume` was not asked for.
+    """
+    checkpoints = complete_checkpoints(output / "checkpoints")
+    if checkpoints and not resume:
+        raise ValueError(
+            f"{output} holds a run that reached {checkpoints[0].name}; pass --resume to go on "
+            "with it, or another --output"
+        )
+    return checkpoints[0] if checkpoints else None
+
+
+def check_same_run(output: Path, config: RunConfig) -> None:
+    """ValueError naming the settings that differ from the run in `output` and may not."""
+    saved = saved_settings(output)
+    if saved is None:
+        return
+    old, new = dict(_flat(saved["config"])), dict(_flat(settings_of(config)))
+    differing = [
+        f"{key} was {old.get(key)}, now {new.get(key)}"
+        for key in sorted({*old, *new} - set(FREE))
+        if old.get(key) != new.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"{output}: a resumed run keeps its settings, but {'; '.join(differing)}; leave them "
+            "out, or start a new --output with train.init_from=<run>/model"
+        )
+
+
+def check_layout(progress: Progress, length: RunLength, zero_stage: int) -> None:
+    """ValueError when the saved state cannot go on as this run is laid out."""
+    if progress.samples_per_step != length.samples_per_step:
+        raise ValueError(
+            f"the run took {progress.samples_per_step} clips a step on {progress.world_size} "
+            f"processes, this one would take {length.samples_per_step}; set "
+            "ds.train_micro_batch_size_per_gpu so that it x processes x "
+            f"ds.gradient_accumulation_steps is {progress.samples_per_step}"
+        )
+    saved = progress.zero_stage
+    if saved != zero_stage and not {saved, zero_stage} <= {1, 2}:
+        raise ValueError(
+            f"the run was trained with ZeRO stage {saved}, which stage {zero_stage} cannot read; "
+            f"pass ds.zero_optimization.stage={saved}"
+        )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,100 @@
+"""One optimizer step, and the rare moments at which the ranks look at what happened."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcmae_fast.data import BadClip, FrontEnd, RawBatch
+from kdcmae_fast.training.distributed import World, sum_over_ranks
+from kdcmae_fast.training.schedule import RunLength
+
+
+def train_step(
+    engine: Any, batches: Iterator[RawBatch], front_end: FrontEnd, world: World, step: int
+) -> tuple[dict[str, Tensor], list[BadClip]]:
+    """All micro steps of optimizer step `step` (from 0); nothing here waits for the device.
+
+    Masks follow from (seed, step, sample id), so the micro steps share `step`: their clips differ,
+    and splitting a batch into more micro steps or ranks leaves every clip's masks as they were.
+
+    Returns the mean of each loss over the micro steps, on the device, and this rank's bad clips.
+    """
+    accumulation = engine.gradient_accumulation_steps()
+    sums: dict[str, Tensor] = {}
+    bad: list[BadClip] = []
+    for _ in range(accumulation):
+        with stage("data"):
+            raw = next(batches)
+            bad.extend(raw.bad)
+            batch = front_end(raw, world.device)
+        with stage("forward"):
+            losses = engine(batch, step=step)
+        with stage("backward"):
+            engine.backward(losses.total)
+        with stage("optimizer"):
+            engine.step()
+        for name, value in losses.named().items():
+            value = value.detach().float() / accumulation
+            sums[name] = sums[name] + value if name in sums else value
+    return sums, bad
+
+
+def stage(name: str) -> AbstractContextManager[Any]:
+    """A named range in profiles: NVTX on CUDA, and in the torch profiler's trace."""
+    if torch.cuda.is_available():
+        return torch.cuda.nvtx.range(name)
+    if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        return torch.profiler.record_function(name)
+    return nullcontext()
+
+
+class Meter:
+    """Turns a step's device scalars into a record for the logs, the same on every rank."""
+
+    def __init__(self, length: RunLength, world: World, step: int) -> None:
+        self._length = length
+        self._world = world
+        self._step = step
+        self._since = time.perf_counter()
+
+    def restart(self) -> None:
+        """Leave what happened since the last record (a checkpoint, say) out of the clips/s."""
+        self._since = time.perf_counter()
+
+    def record(
+        self, step: int, losses: Mapping[str, Tensor], lr: float, flags: Mapping[str, int]
+    ) -> tuple[dict[str, float], dict[str, int]]:
+        """The record after `step` optimizer steps, and `flags` summed over ranks.
+
+        Waits for the device. Raises FloatingPointError naming the step and the first term that is
+        not finite.
+        """
+        values = sum_over_ranks([*losses.values(), *flags.values()], self._world.device)
+        means = [value / self._world.size for value in values[: len(losses)]]
+        named = dict(zip(losses, means, strict=True))
+        for name in sorted(named, key=lambda name: name == "total"):
+            if not math.isfinite(named[name]):
+                raise FloatingPointError(
+                    f"step {step}: the loss term {name} is {named[name]}; the run stops here. "
+                    "Lower optim.lr, raise optim.warmup, or set ds.gradient_clipping=1.0"
+                )
+        seconds = time.perf_counter() - self._since
+        rate = (step - self._step) * self._length.samples_per_step / max(seconds, 1e-9)
+        left = (self._length.total_steps - step) * self._length.samples_per_step / max(rate, 1e-9)
+        self._step, self._since = step, time.perf_counter()
+        record = {
+            "step": step,
+            "epoch": self._length.epoch(step - 1),
+            "samples": step * self._length.samples_per_step,
+            "lr": lr,
+            **named,
+            "clips_per_second": rate,
+            "seconds_left": left,
+        }
+        counts = [round(value) for value in values[len(losses) :]]
+        return record, dict(zip(flags, counts, strict=True))

@@ -1,0 +1,119 @@
+"""The attention back-ends: which can run here, which `auto` takes, and their own layouts.
+
+Optional packages are imported when they are first used, never before.
+"""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common import Backend, assume_constant_result, without_autocast
+from .reference import attention_scores_materialised
+
+IMPLS = ("sdpa", "flash_attn", "xformers", "torch")
+PACKAGES = {"flash_attn": "flash-attn", "xformers": "xformers"}  # module -> what to install
+HALF = (torch.bfloat16, torch.float16)
+
+# `auto` on CPU, from the measurements in the README.
+MAX_SCORES = 2**25  # scores of one call that may be materialised: 128 MiB in float32
+MAX_LENGTH_WIDE = 384  # keys per sequence up to which float32 and float64 materialise them
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with without_autocast(q.device):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+DENSE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "sdpa": sdpa,
+    "flash_attn": flash_attn,
+    "xformers": xformers,
+    "torch": attention_scores_materialised,
+}  # (B, H, L, d) x (B, H, S, d) x (B, H, S, d) -> (B, H, L, d)
+
+
+def flash_attn_packed(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
+    """(total, H, d) documents that start at bounds (n + 1,) int32, none over `longest` tokens."""
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest)
+
+
+def sdpa_packed(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
+    """The same through PyTorch's own variable-length kernel."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # A tuple only when auxiliary outputs are asked for.
+    return cast(Tensor, varlen_attn(q, k, v, bounds, bounds, longest, longest))
+
+
+def xformers_packed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """(total, H, d) documents of these lengths."""
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    bias = BlockDiagonalMask.from_seqlens(lengths)
+    return memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0]
+
+
+@functools.cache
+def problem(impl: str, device: str) -> str | None:
+    """Why this back-end cannot run on tensors of this device type; None when it can."""
+    if impl not in PACKAGES:
+        return None
+    if importlib.util.find_spec(impl) is None:
+        return f"the package {PACKAGES[impl]} is not installed"
+    return None if device == "cuda" else f"{PACKAGES[impl]} takes CUDA tensors, not {device}"
+
+
+@assume_constant_result
+def requested(impl: str, device: str) -> str:
+    """`impl` if it can run, else ValueError; KDCMAE_IMPL=torch makes "auto" mean "torch"."""
+    if impl == "auto":
+        return "torch" if os.environ.get("KDCMAE_IMPL") == "torch" else "auto"
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r} is not one of auto, {', '.join(IMPLS)}")
+    refused = problem(impl, device)
+    if refused:
+        raise ValueError(f"impl={impl!r} of attention is not available here: {refused}")
+    return impl
+
+
+def automatic(device: str, dtype: torch.dtype, scores: int, length: int) -> str:
+    """What `auto` takes for `scores` scores in all, over `length` keys per sequence."""
+    if device != "cpu" or scores > MAX_SCORES:
+        return "sdpa"
+    return "torch" if dtype in HALF or length <= MAX_LENGTH_WIDE else "sdpa"
+
+
+def report(device: str) -> Backend:
+    """The line of `backends()` about attention."""
+    impl = requested("auto", device)
+    missing = [f"not {name}: {problem(name, device)}" for name in PACKAGES if problem(name, device)]
+    if impl != "auto":
+        return Backend(impl, f"KDCMAE_IMPL={impl}")
+    if device != "cpu":
+        return Backend("sdpa", "; ".join([f"default on {device}", *missing]))
+    why = (
+        f"measured on CPU; torch instead for 16-bit floats and up to {MAX_LENGTH_WIDE} keys, "
+        f"while one call has at most {MAX_SCORES} scores"
+    )
+    return Backend("sdpa", "; ".join([why, *missing]))

@@ -1,0 +1,258 @@
+"""The public InfoNCE: argument checks, autograd, the global batch, registration."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..common import (
+    check_dtype,
+    check_ndim,
+    check_shape,
+    compute_dtype,
+    register_op,
+    resolve,
+    without_autocast,
+)
+from . import reference
+from .distributed import (
+    ALONE,
+    GlobalMean,
+    Ranks,
+    check_equal_rows,
+    gather,
+    merge_columns,
+    ranks_of,
+    scatter_sum,
+)
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KERNEL_ONLY = ("tf32", "bf16x3")
+
+register_op("info_nce")
+
+
+class InfoNCE(NamedTuple):
+    """The loss, and the share of pairs whose own logit is the largest of their softmax."""
+
+    loss: Tensor  # () or, with reduction="none", (B,)
+    accuracy: Tensor  # the same shape, without gradient
+
+
+class _Options(NamedTuple):
+    symmetric: bool
+    normalize: bool
+    operand: torch.dtype  # of the products' operands
+    ranks: Ranks
+
+
+def info_nce(
+    a: Tensor,
+    b: Tensor,
+    *,
+    temperature: float | Tensor = 0.05,
+    symmetric: bool = False,
+    normalize: bool = True,
+    group: dist.ProcessGroup | None = None,
+    reduction: str = "mean",
+    return_accuracy: bool = False,
+    precision: str | None = None,
+    impl: str = "auto",
+) -> Tensor | InfoNCE:
+    """InfoNCE of the pairs (a[i], b[i]): the other rows are the negatives.
+
+    One-sided (CAV-MAE, arXiv 2210.07839): mean over j of -log softmax over i of
+    <a[i], b[j]> / temperature, at i = j; CAV-MAE passes audio as a and video as b. `symmetric`
+    averages it with the other direction, from the same similarities.
+
+    a, b: (B, D), float64, float32, bfloat16 or float16, also of two different dtypes.
+    temperature: a positive float, or a 0-d tensor on the same device that may be learned (its
+        value is not looked at, so keep it positive).
+    normalize: divide each row by its L2 norm (rows shorter than 1e-12 by 1e-12).
+    group: a process group whose ranks each hold B rows. The negatives are the rows of all ranks
+        and the loss is that of the global batch, bit-equal on every rank; gradients, also the
+        temperature's, are `size` times this rank's share of the global loss's gradient, so that
+        an engine which averages gradients over ranks ends up with exactly that gradient.
+        All ranks call with the same options. On CPU unequal B is an error; on GPUs it is not
+        detected (the collectives fail or hang; TORCH_DISTRIBUTED_DEBUG=DETAIL finds it).
+    reduction: "mean", or "none" for the (B,) losses of this rank's pairs; their gradient is that
+        of the sum over all ranks of what the caller made of them, not scaled.
+    return_accuracy: return InfoNCE(loss, accuracy); a tie for the largest logit counts as wrong,
+        so collapsed features score 0; with `symmetric` the mean of both directions.
+    precision: dtype of the matrix products' operands, "fp32", "bf16" or "fp16"; None: the
+        inputs' (the wider of the two). Logits, log-sum-exp and sums are float32 at least.
+    impl: "auto" or "torch".
+
+    Returns a float32 (float64 for float64 inputs) scalar or (B,). An empty batch gives 0 and
+    accuracy 0. Deterministic; differentiable once; autocast does not change it. Errors are
+    ValueErrors that name the argument.
+    """
+    operand = _check(a, b, temperature, reduction, precision)
+    resolve("info_nce", impl, a.device.type)
+    ranks = ranks_of(group)
+    check_equal_rows(a.shape[0], a.device, ranks)
+    dtype = compute_dtype(a, b)
+    if isinstance(temperature, Tensor):
+        tau = temperature.to(dtype)
+    else:
+        tau = torch.full((), temperature, dtype=dtype, device=a.device)
+    loss, hits = _pair_losses(a, b, tau, _Options(symmetric, normalize, operand, ranks))
+    if reduction == "mean":
+        means = torch.stack([loss.sum(), hits.sum()]) / max(1, a.shape[0])
+        if ranks.group is not None:
+            means = GlobalMean.apply(means, ranks)
+        loss, hits = means[0], means[1].detach()
+    return InfoNCE(loss, hits) if return_accuracy else loss
+
+
+def _pair_losses(a: Tensor, b: Tensor, tau: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    """(losses, hits), (B,) each, of this rank's pairs."""
+    if a.shape[0] == 0:
+        empty = a.sum(1).to(tau.dtype) + b.sum(1).to(tau.dtype)
+        return empty, empty.detach()
+    return _PairLosses.apply(a, b, tau, options)
+
+
+class _PairLosses(torch.autograd.Function):
+    """Losses (N,) and hits (N,) of this rank's pairs.
+
+    Saves the normalised operands, five vectors and the logits if they fit one block (64 MiB in
+    float32); larger ones are recomputed, at 8NMD FLOPs in all instead of 6NMD.
+    """
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor, tau: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+        symmetric, normalize, operand, ranks = options
+        unit_a, inverse_a = reference.normalise(a.to(tau.dtype), normalize)
+        unit_b, inverse_b = reference.normalise(b.to(tau.dtype), normalize)
+        unit_b = unit_b.to(operand)
+        all_a = gather(unit_a.to(operand), ranks)
+        offset = ranks.rank * a.shape[0]
+        with without_autocast(a.device):
+            found = reference.statistics(
+                unit_b, all_a, tau.reciprocal(), offset, operand, symmetric
+            )
+        positive = found.positive
+        row_loss = column_loss = loss = reference.loss_of(positive, found.row_lse)
+        hits = (positive > found.row_max).to(tau.dtype)
+        if symmetric:
+            lse, top = merge_columns(found.column_lse, found.column_max, ranks)
+            own = slice(offset, offset + a.shape[0])
+            column_loss = reference.loss_of(positive, lse[own])
+            loss = (row_loss + column_loss) / 2
+            hits = (hits + (positive > top[own]).to(tau.dtype)) / 2
+        vectors = (inverse_a, inverse_b, positive, row_loss, column_loss)
+        ctx.save_for_backward(all_a, unit_b, tau, *vectors, found.logits)
+        ctx.options, ctx.dtypes = options, (a.dtype, b.dtype)
+        ctx.mark_non_differentiable(hits)
+        return loss, hits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, _: Tensor):
+        all_a, unit_b, tau, inverse_a, inverse_b = ctx.saved_tensors[:5]
+        symmetric, normalize, operand, ranks = ctx.options
+        need_a, need_b, need_tau, _ = ctx.needs_input_grad
+        offset = ranks.rank * unit_b.shape[0]
+        targets, unit = _targets(grad, ctx.saved_tensors[5:], ctx.options)
+        with without_autocast(grad.device):
+            by_b, by_a, by_scale = reference.gradients(
+                unit_b, all_a, tau.reciprocal(), offset, operand, targets,
+                (need_b, need_a, need_tau),
+            )  # fmt: skip
+        grad_a = grad_b = grad_tau = None
+        if need_a:
+            own = all_a[offset : offset + unit_b.shape[0]].to(tau.dtype)
+            by_a = scatter_sum(by_a * unit, ranks)
+            grad_a = reference.normalise_grad(by_a, own, inverse_a, normalize).to(ctx.dtypes[0])
+        if need_b:
+            own = unit_b.to(tau.dtype)
+            by_b = reference.normalise_grad(by_b * unit, own, inverse_b, normalize)
+            grad_b = by_b.to(ctx.dtypes[1])
+        if need_tau:
+            grad_tau = -by_scale * unit / tau.square()
+        return grad_a, grad_b, grad_tau, None
+
+
+def _targets(
+    grad: Tensor, saved: tuple[Tensor, ...], options: _Options
+) -> tuple[reference.Targets, Tensor]:
+    """Targets for the gradient of sum over ranks of grad . loss, and the unit they are in.
+
+    The weights are divided by their largest value: at a batch of 32768 the mean's weights times
+    small probabilities would leave float16's range.
+    """
+    positive, row_loss, column_loss, logits = saved
+    share = grad / 2 if options.symmetric else grad
+    miss = row_loss.neg().expm1()  # -(1 - p)
+    none = grad.new_empty(0)
+    column_lse, column_weight, weights = none, none, share
+    if options.symmetric:
+        miss = miss + column_loss.neg().expm1()
+        column_lse, column_weight = gather(
+            torch.stack([positive + column_loss, share], dim=1), options.ranks
+        ).unbind(1)
+        weights = column_weight
+    unit = weights.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny)
+    row_weight, column_weight = share / unit, column_weight / unit
+    targets = reference.Targets(
+        positive + row_loss, row_weight, row_weight * miss, column_lse, column_weight, logits
+    )
+    return targets, unit
+
+
+def _check(
+    a: Tensor, b: Tensor, temperature: float | Tensor, reduction: str, precision: str | None
+) -> torch.dtype:
+    """Raise ValueError for a wrong argument; returns the dtype of the products' operands."""
+    check_ndim("a", a, 2, "(B, D)")
+    check_shape("b", b, tuple(a.shape), "(B, D) as a")
+    check_dtype("a", a, FLOATS)
+    check_dtype("b", b, FLOATS)
+    if b.device != a.device:
+        raise ValueError(f"b is on {b.device}, a on {a.device}; they must share a device")
+    if isinstance(temperature, Tensor):
+        check_ndim("temperature", temperature, 0, "a float or a 0-d tensor")
+        check_dtype("temperature", temperature, FLOATS)
+        if temperature.device != a.device:
+            raise ValueError(f"temperature is on {temperature.device}, a on {a.device}")
+    elif not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    return _operand_dtype(torch.promote_types(a.dtype, b.dtype), precision)
+
+
+def _operand_dtype(inputs: torch.dtype, precision: str | None) -> torch.dtype:
+    if precision is None:
+        return inputs
+    if precision in KERNEL_ONLY:
+        raise ValueError(
+            f"precision={precision!r} has no impl='torch' form; use one of {', '.join(PRECISIONS)}"
+        )
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is not None or one of {', '.join(PRECISIONS)}")
+    if inputs == torch.float64:
+        raise ValueError(
+            f"precision={precision!r} would lower float64 inputs; pass None or float32 inputs"
+        )
+    return PRECISIONS[precision]
+
+
+def _info_nce_op(
+    a: Tensor, b: Tensor, temperature: Tensor, symmetric: bool, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    operand = torch.promote_types(a.dtype, b.dtype)
+    tau = temperature.to(compute_dtype(a, b))
+    return _pair_losses(a, b, tau, _Options(symmetric, normalize, operand, ALONE))
+
+
+torch.library.define(
+    "kdcmae_fast::info_nce",
+    "(Tensor a, Tensor b, Tensor temperature, bool symmetric, bool normalize) -> (Tensor, Tensor)",
+)
+torch.library.impl("kdcmae_fast::info_nce", "CompositeImplicitAutograd", _info_nce_op)

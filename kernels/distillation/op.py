@@ -1,0 +1,105 @@
+"""The public distillation loss: argument checks and registration."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..common import check_dtype, check_ndim, check_shape, compute_dtype, register_op, resolve
+from .reference import divergence_rows
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DIVERGENCES = ("kl", "kl_12", "js")
+DISTRIBUTIONS = ("softmax", "shift", "batch_shift")
+
+register_op("distillation_loss")
+
+
+def distillation_loss(
+    p: Tensor,
+    q: Tensor,
+    *,
+    divergence: str = "kl",
+    distribution: str = "softmax",
+    temperature: float = 1.0,
+    stop_gradient: bool = False,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> Tensor:
+    """Divergence between two views' features, row by row (KDC-MAE, arXiv 2411.12270).
+
+    p, q: (B, D) features of view 1 and view 2, float64, float32, bfloat16 or float16.
+    divergence: "kl", the mean of KL(p || q) and KL(q || p); "kl_12", KL(p || q) with view 1 as
+        teacher; "js", Jensen-Shannon as in the released code (1e-12 inside each logarithm).
+    distribution: how a row becomes probabilities. "softmax" of row / temperature; "shift",
+        (row + |min of the row|) / sum; "batch_shift", the same with the min of the whole batch
+        (released code: one sample's value then depends on the others and, over several
+        processes, on how the batch is split). The shifted forms put 1e-12 inside "kl" too,
+        because their smallest entry is 0.
+    temperature: positive; must be 1.0 for the shifted distributions, which have none. The loss is
+        not multiplied by temperature^2.
+    stop_gradient: "kl_12" only: no gradient into p.
+    reduction: "mean" over the batch, or "none" for (B,). The released code adds up the batch, so
+        its term is B times the mean.
+    impl: "auto" or "torch".
+
+    Returns a float32 (float64 for float64 inputs) scalar or (B,), in nats. An empty batch gives
+    0. Deterministic. Errors are ValueErrors that name the argument.
+    """
+    _check(p, q, divergence, distribution, temperature, stop_gradient, reduction)
+    resolve("distillation_loss", impl, p.device.type)
+    if stop_gradient:
+        p = p.detach()
+    rows = _rows(p, q, divergence, distribution, temperature)
+    return rows.sum() / max(1, p.shape[0]) if reduction == "mean" else rows
+
+
+def _rows(p: Tensor, q: Tensor, divergence: str, distribution: str, temperature: float) -> Tensor:
+    dtype = compute_dtype(p, q)
+    p, q = p.to(dtype), q.to(dtype)
+    if p.shape[0] == 0:
+        return p.sum(dim=1) + q.sum(dim=1)
+    return divergence_rows(p, q, divergence, distribution, temperature)
+
+
+def _check(
+    p: Tensor,
+    q: Tensor,
+    divergence: str,
+    distribution: str,
+    temperature: float,
+    stop_gradient: bool,
+    reduction: str,
+) -> None:
+    check_ndim("p", p, 2, "(B, D)")
+    check_shape("q", q, tuple(p.shape), "(B, D) as p")
+    check_dtype("p", p, FLOATS)
+    check_dtype("q", q, FLOATS)
+    if q.device != p.device:
+        raise ValueError(f"q is on {q.device}, p on {p.device}; they must share a device")
+    if p.shape[1] == 0:
+        raise ValueError(f"p has no features: shape {tuple(p.shape)}; D must be at least 1")
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence={divergence!r} is not one of {', '.join(DIVERGENCES)}")
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution={distribution!r} is not one of {', '.join(DISTRIBUTIONS)}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if distribution != "softmax" and temperature != 1.0:
+        raise ValueError(
+            f"temperature={temperature} has no meaning for distribution={distribution!r}; "
+            "leave it at 1.0 or use distribution='softmax'"
+        )
+    if stop_gradient and divergence != "kl_12":
+        raise ValueError(
+            f"stop_gradient needs a teacher: use divergence='kl_12', got {divergence!r}"
+        )
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+
+
+torch.library.define(
+    "kdcmae_fast::distillation_loss",
+    "(Tensor p, Tensor q, str divergence, str distribution, float temperature) -> Tensor",
+)
+torch.library.impl("kdcmae_fast::distillation_loss", "CompositeImplicitAutograd", _rows)

@@ -1,0 +1,191 @@
+"""The token ops with explicit backward passes, in plain torch: what `impl="torch"` runs.
+
+The maths is that of `reference.py`. Beyond inputs that live anyway, nothing is kept for backward:
+int16 plans instead of int64 indices, pixels instead of patches.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..common import without_autocast
+from .patches import PatchLayout, gather_patches, normalize_pixels
+from .rows import masked_tokens, place_rows, rows_of_samples, rows_of_views, visible_tokens
+
+
+class GatherTokens(torch.autograd.Function):
+    """x (B, L, D), token_of_rank (B, L) -> (K*B, keep, D)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, token_of_rank: Tensor, len_keep: int, num_views: int
+    ) -> Tensor:
+        ctx.save_for_backward(token_of_rank)
+        ctx.len_keep, ctx.num_views = len_keep, num_views
+        batch, num_tokens, dim = x.shape
+        tokens = visible_tokens(token_of_rank, len_keep, num_views)
+        if x.is_contiguous():
+            visible = x.flatten(0, 1).index_select(0, rows_of_samples(tokens, num_tokens))
+            return visible.view(num_views * batch, len_keep, dim)
+        # Slower per row, but copies nothing first: x may be a slice or expanded.
+        sample = torch.arange(batch, device=x.device).unsqueeze(1)
+        return x[sample, tokens].flatten(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (token_of_rank,) = ctx.saved_tensors
+        batch, num_tokens = token_of_rank.shape
+        tokens = visible_tokens(token_of_rank, ctx.len_keep, ctx.num_views)
+        in_no_view = token_of_rank[:, ctx.num_views * ctx.len_keep :].long().unsqueeze(0)
+        dx = place_rows(
+            grad.flatten(0, 1),
+            rows_of_samples(tokens, num_tokens),
+            rows_of_samples(in_no_view, num_tokens),
+            batch * num_tokens,
+        )
+        return dx.view(batch, num_tokens, grad.shape[-1]), None, None, None
+
+
+class EmbedPlan(NamedTuple):
+    """What is static about one patch embedding."""
+
+    layout: PatchLayout
+    len_keep: int
+    num_views: int
+
+
+def _visible_patches(
+    pixels: Tensor, tokens: Tensor, layout: PatchLayout, mean: Tensor | None, std: Tensor | None
+) -> Tensor:
+    """(K*B*keep, P) in memory order, normalised."""
+    patches = gather_patches(pixels, tokens, layout.patch).flatten(0, 2)
+    return patches if mean is None else normalize_pixels(patches, mean, std)
+
+
+class EmbedVisiblePatches(torch.autograd.Function):
+    """Gathered patches times weight plus (bias + positions) in one GEMM that adds to its output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pixels: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        pos_embed: Tensor,
+        token_of_rank: Tensor,
+        mean: Tensor | None,
+        std: Tensor | None,
+        plan: EmbedPlan,
+    ) -> Tensor:
+        ctx.save_for_backward(pixels, token_of_rank, mean, std)
+        ctx.plan, ctx.weight_shape, ctx.dtype = plan, weight.shape, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.pos_dtype, ctx.pos_shape = pos_embed.dtype, pos_embed.shape
+        tokens = visible_tokens(token_of_rank, plan.len_keep, plan.num_views)
+        table = (pos_embed if bias is None else pos_embed + bias).to(weight.dtype)
+        y = table.index_select(0, tokens.flatten())
+        patches = _visible_patches(pixels, tokens, plan.layout, mean, std).to(weight.dtype)
+        # The weight is permuted to the order of the pixels, which is cheaper than the reverse.
+        kernel = weight.squeeze(1).transpose(1, 2) if plan.layout.audio else weight
+        with without_autocast(pixels.device):
+            y.addmm_(patches, kernel.flatten(1).t())
+        return y.view(plan.num_views * tokens.shape[1], plan.len_keep, y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        pixels, token_of_rank, mean, std = ctx.saved_tensors
+        _, need_weight, need_bias, need_pos, *_ = ctx.needs_input_grad
+        plan = ctx.plan
+        tokens = visible_tokens(token_of_rank, plan.len_keep, plan.num_views)
+        grad = grad.flatten(0, 1)
+        dweight = dbias = dpos = None
+        if need_weight:
+            patches = _visible_patches(pixels, tokens, plan.layout, mean, std).to(ctx.dtype)
+            with without_autocast(pixels.device):
+                dweight = grad.t() @ patches
+            if plan.layout.audio:
+                dweight = dweight.unflatten(1, plan.layout.memory_shape).transpose(1, 2)
+            dweight = dweight.reshape(ctx.weight_shape)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        if need_bias:
+            dbias = grad.sum(0, dtype=wide).to(ctx.bias_dtype)
+        if need_pos:
+            # Adds up rows of equal token in a fixed order, without a dense (B, L, D) in between.
+            dpos = torch.ops.aten.embedding_dense_backward(
+                grad.to(wide), tokens.flatten(), ctx.pos_shape[0], -1, False
+            ).to(ctx.pos_dtype)
+        return None, dweight, dbias, dpos, None, None, None, None
+
+
+class Segments(NamedTuple):
+    """What is static about one decoder sequence; `len_keep` per segment."""
+
+    len_keep: tuple[int, ...]
+    num_views: int
+    released: bool
+
+    def positions(self, token_of_rank: tuple[Tensor, ...], *, masked: bool) -> Tensor:
+        """(K, B, n): places in the joint sequence of the visible tokens, or of the mask tokens."""
+        tokens_of = masked_tokens if masked else visible_tokens
+        parts, offset = [], 0
+        for order, keep in zip(token_of_rank, self.len_keep, strict=True):
+            # The released KDC-MAE code restores every view with the index of view 0.
+            tokens = tokens_of(order, keep, 1 if self.released else self.num_views)
+            parts.append(tokens.expand(self.num_views, -1, -1) + offset)
+            offset += order.shape[1]
+        return torch.cat(parts, dim=2)
+
+
+class AssembleDecoderInput(torch.autograd.Function):
+    """Mask token + positions broadcast to all rows, then the visible tokens put over them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mask_token: Tensor,
+        pos_embed: Tensor,
+        segments: Segments,
+        *token_of_rank: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(*token_of_rank)
+        ctx.segments, ctx.x_dtype = segments, x.dtype
+        ctx.mask_dtype, ctx.pos_dtype = mask_token.dtype, pos_embed.dtype
+        dtype = torch.promote_types(x.dtype, mask_token.dtype)
+        rows, length, dim = x.shape[0], *pos_embed.shape
+        places = segments.positions(token_of_rank, masked=False)
+        visible = pos_embed.index_select(0, places.flatten())
+        if visible.dtype == torch.promote_types(dtype, pos_embed.dtype):
+            visible.add_(x.flatten(0, 1))
+        else:
+            visible = visible + x.flatten(0, 1)
+        y = (mask_token + pos_embed).to(dtype).repeat(rows, 1)
+        y.index_copy_(0, rows_of_views(places, length), visible.to(dtype))
+        return y.view(rows, length, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        token_of_rank, segments = ctx.saved_tensors, ctx.segments
+        need_x, need_mask, need_pos, *_ = ctx.needs_input_grad
+        rows, length, dim = grad.shape
+        flat = grad.flatten(0, 1)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        dx = dmask = dpos = None
+        if need_x:
+            places = segments.positions(token_of_rank, masked=False)
+            dx = flat.index_select(0, rows_of_views(places, length))
+            dx = dx.view(rows, sum(segments.len_keep), dim).to(ctx.x_dtype)
+        if need_mask:
+            # One bag per row adds up its mask tokens in place: nothing gathered, no float atomics.
+            places = segments.positions(token_of_rank, masked=True)
+            bags = rows_of_views(places, length).view(rows, places.shape[2])
+            dmask = F.embedding_bag(bags, flat, mode="sum").sum(0, dtype=wide).to(ctx.mask_dtype)
+        if need_pos:
+            dpos = grad.sum(0, dtype=wide).to(ctx.pos_dtype)
+        return dx, dmask, dpos, None, *(None for _ in token_of_rank)

@@ -1,0 +1,122 @@
+"""Reconstruction pictures: the right patches hidden and filled in, and a PNG of the right shape."""
+
+import struct
+
+import pytest
+import torch
+
+from kdcmae_fast.data import FrontEnd
+from kdcmae_fast.data.loader import collate
+from kdcmae_fast.evaluation import pictures
+from kdcmae_fast.evaluation.pictures import (
+    draw_clip,
+    from_patches,
+    reconstruct_batch,
+    reconstruct_views,
+    to_patches,
+)
+from kdcmae_fast.kernels import complementary_masks, masked_reconstruction_loss
+
+GRID = (4, 6)
+
+
+@pytest.fixture
+def plan():
+    return complementary_masks(torch.arange(3), GRID, 0.75, num_views=2)
+
+
+@pytest.fixture
+def original():
+    return torch.randn(3, 3, GRID[0] * 4, GRID[1] * 4)
+
+
+def png_size(path) -> tuple[int, int]:
+    """(width, height) from the header of a PNG."""
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", header[16:24])
+
+
+def test_patches_and_back(original):
+    patches = to_patches(original, 4)
+    assert patches.shape == (3, 24, 48)
+    assert torch.equal(patches[0, 7].reshape(4, 4, 3), original[0, :, 4:8, 4:8].permute(1, 2, 0))
+    assert torch.equal(from_patches(patches, 4, original.shape[1:]), original)
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_error_is_the_loss_and_a_perfect_guess_is_the_original(original, plan, norm_pix):
+    target = to_patches(original, 4).repeat(2, 1, 1)
+    if norm_pix:
+        spread = (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        target = (target - target.mean(-1, keepdim=True)) / spread
+    options = {"patch_size": 4, "norm_pix": norm_pix}
+    perfect = reconstruct_views(original, target, plan, **options)
+    torch.testing.assert_close(perfect.reconstructed[1], original)
+    assert perfect.error.abs().max() < 1e-10
+    guess = torch.randn_like(target)
+    views = reconstruct_views(original, guess, plan, **options)
+    loss = masked_reconstruction_loss(guess, original, plan, reduction="none", **options)
+    torch.testing.assert_close(views.error.flatten(), loss)
+
+
+def test_views_hide_what_their_plan_removes(original, plan):
+    views = reconstruct_views(original, torch.zeros(6, 24, 48), plan, patch_size=4, norm_pix=False)
+    for view in range(2):
+        hidden = to_patches(views.masked[view], 4).isnan()
+        assert torch.equal(hidden.all(-1), plan.mask(view).bool())
+        assert torch.equal(hidden.any(-1), hidden.all(-1))
+        filled = to_patches(views.reconstructed[view], 4) == 0
+        assert torch.equal(filled.all(-1), plan.mask(view).bool())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"norm_pix_loss": False}, {"views": "independent"}, {"num_views": 1, "name": "cav_mae"}],
+)
+def test_a_model_s_reconstruction_as_a_picture(
+    make_model, clips, data, tmp_path, monkeypatch, overrides
+):
+    model = make_model(**overrides)
+    batch = FrontEnd(data, model.config)(collate([clips().read(index, 0) for index in range(2)]))
+    frames, fbanks = reconstruct_batch(model, batch)
+    num_views = model.config.num_views
+    assert frames.reconstructed.shape == (num_views, 2, 3, 32, 32)
+    assert fbanks.masked.shape == (num_views, 2, 1, 32, 64)
+    torch.testing.assert_close(frames.original, batch.frames / 255)
+    drawn = []
+    new_figure = pictures.new_figure
+    monkeypatch.setattr(
+        pictures, "new_figure", lambda *size: drawn.append(new_figure(*size)) or drawn[0]
+    )
+    path = draw_clip(
+        tmp_path / "new" / "clip.png", "a clip", frames, fbanks, 1, norm_pix=bool(num_views > 1)
+    )
+    width, height = png_size(path)
+    assert 800 < width < 1400
+    assert 300 * num_views < height < 1200
+    assert path.stat().st_size > 10_000
+    (figure,) = drawn
+    assert len(figure.axes) == 2 * (1 + 2 * num_views)
+    assert ("mean and standard deviation" in figure._supxlabel.get_text()) == (num_views > 1)
+
+
+def test_drawing_leaves_matplotlib_s_state_alone(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    import sys
+
+    before = dict(matplotlib.rcParams)
+    loaded = "matplotlib.pyplot" in sys.modules
+    from kdcmae_fast.evaluation.figure import new_figure, save_figure
+
+    save_figure(new_figure(1, 1), tmp_path / "x.png")
+    assert dict(matplotlib.rcParams) == before
+    assert ("matplotlib.pyplot" in sys.modules) == loaded
+
+
+def test_missing_matplotlib_is_said(monkeypatch, tmp_path):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs Matplotlib; `pip install matplotlib`"):
+        draw_clip(tmp_path / "x.png", "", None, None, 0, norm_pix=False)

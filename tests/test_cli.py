@@ -1,0 +1,197 @@
+"""The `kdcmae` command: help, one-line errors, exit codes, and each subcommand end to end."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+import kdcmae_fast
+from kdcmae_fast.cli import COMMANDS, main
+from kdcmae_fast.config import RunConfig
+from kdcmae_fast.models import build_model
+
+SIZES = {
+    "img_size": 32, "audio_length": 64, "num_mel_bins": 32, "embed_dim": 64, "modality_depth": 1,
+    "num_heads": 1, "decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "model"
+    build_model("kdc_mae", "tiny", **SIZES).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def kdcmae(capsys):
+    """kdcmae(*arguments) -> (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as leaving:  # --help, --version
+            code = leaving.code
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def test_help_lists_every_command(kdcmae):
+    code, out, _ = kdcmae("--help")
+    assert code == 0
+    assert all(command in out for command in COMMANDS)
+    assert kdcmae("--version")[:2] == (0, f"kdcmae {kdcmae_fast.__version__}\n")
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"pretrain"}))
+def test_every_command_has_help(kdcmae, command):
+    code, out, _ = kdcmae(command, "--help")
+    assert code == 0
+    assert out.startswith(f"usage: kdcmae {command}")
+    assert "--debug" in out
+    assert "default: None" not in out
+
+
+def test_help_states_defaults(kdcmae):
+    out = " ".join(kdcmae("retrieve", "--help")[1].split())
+    for text in (
+        "(default: heldout)",
+        "(default: 32)",
+        "(default: auto)",
+        "(default: average)",
+        "(default: all)",
+    ):
+        assert text in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND (see kdcmae --help)"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["retrieve"], "required: --checkpoint (see kdcmae retrieve --help)"),
+        (["retrieve", "--checkpoint", "nowhere"], "--checkpoint nowhere is no folder"),
+        (["retrieve", "--checkpoint", ".", "--num-clips", "0"], "'0' is not a whole number above"),
+        (["retrieve", "--checkpoint", ".", "--ties", "x"], "invalid choice: 'x'"),
+        (["reconstruct", "--checkpoint", "."], "required: --output"),
+        (["retrieve", "--checkpoint", ".", "--device", "cpu"], "has no model.safetensors; give"),
+        (["convert", "nowhere.pth", "out"], "nowhere.pth is not a file"),
+        (["convert", "nowhere.pth", "out", "num_heads"], "expected key=value"),
+        (["settings", "model.embed_dims"], "no setting model.embed_dims; did you mean model.embed"),
+        (["settings", "--bogus"], "unrecognized arguments: --bogus"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_1(kdcmae, arguments, message):
+    code, out, err = kdcmae(*arguments)
+    assert (code, out) == (1, "")
+    assert err.startswith("kdcmae: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_settings_in_the_wrong_place_are_named(kdcmae, model_folder):
+    common = ["retrieve", "--checkpoint", model_folder]
+    assert "argument img_size=3: only data.key" in kdcmae(*common, "img_size=3")[2]
+    assert "data.num_clip" in kdcmae(*common, "data.num_clip=3")[2]
+    assert "data.source=folder needs data.path" in kdcmae(*common, "data.source=folder")[2]
+    assert "num_clips=2000: the dataset has 1000" in kdcmae(*common, "--num-clips", "2000")[2]
+
+
+def test_a_file_that_is_not_there_is_named_first(kdcmae, model_folder):
+    code, _, err = kdcmae("retrieve", "--checkpoint", model_folder, "--recipe", "no.yaml")
+    assert (code, err) == (1, "kdcmae: error: no.yaml: No such file or directory\n")
+
+
+def test_debug_shows_the_traceback():
+    command = [sys.executable, "-m", "kdcmae_fast", "settings", "nothing", "--debug"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    done = subprocess.run(command[:-1], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bug_is_told_from_a_mistake(kdcmae, monkeypatch):
+    def broken(*_):
+        raise KeyError("total")
+
+    monkeypatch.setattr("kdcmae_fast.config_help.settings_help", broken)
+    assert "KeyError: 'total' (this is a bug; --debug shows where)" in kdcmae("settings")[2]
+
+
+def test_retrieve(kdcmae, model_folder, tmp_path):
+    out = tmp_path / "out"
+    code, text, err = kdcmae(
+        "retrieve", "--checkpoint", model_folder, "--num-clips", 9, "data.num_workers=0",
+        "--output", out, "--ties", "optimistic", "--device", "cpu",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "chance" in text
+    assert "R@1 is" in text
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["ties"] == "optimistic"
+    assert metrics["chance"]["R@1"] == pytest.approx(1 / 9)
+
+
+def test_reconstruct(kdcmae, model_folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    code, text, err = kdcmae(
+        "reconstruct", "--checkpoint", model_folder, "--num-clips", 2, "--output", tmp_path
+    )
+    assert (code, err) == (0, "")
+    assert "wrote 2 pictures" in text
+    assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_convert_there_and_back(kdcmae, model_folder, tmp_path):
+    published, folder = tmp_path / "published.pth", tmp_path / "folder"
+    assert kdcmae("convert", model_folder, published)[0] == 0
+    code, out, err = kdcmae("convert", published, folder, "--name", "kdc_mae", "distill.on=off")
+    assert (code, out) == (0, f"wrote {folder}\n")
+    assert "norms that no output depends on" in err
+    before = (tmp_path.parent / model_folder / "model.safetensors").read_bytes()
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert json.loads((folder / "config.json").read_text())["config"]["distill"]["on"] == "off"
+    assert kdcmae("convert", model_folder, published, "--name", "cav_mae")[0] == 1
+
+
+def test_backends_names_every_op(kdcmae):
+    code, out, _ = kdcmae("backends", "--device", "cpu")
+    assert code == 0
+    ops = [line.split()[0] for line in out.splitlines()]
+    assert {"info_nce", "complementary_masks", "attention"} <= set(ops)
+    assert all(len(line.split()) > 2 for line in out.splitlines())
+
+
+def leaves(group, prefix=""):
+    """(dotted key, field) of every setting."""
+    for field in dataclasses.fields(group):
+        if dataclasses.is_dataclass(field.default_factory):
+            yield from leaves(field.default_factory, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field
+
+
+def test_settings_shows_every_field_and_its_comment(kdcmae):
+    code, out, _ = kdcmae("settings")
+    assert code == 0
+    shown = {line.split(" = ")[0] for line in out.splitlines() if " = " in line}
+    assert {key for key, _ in leaves(RunConfig)} <= shown
+    assert "model.audio_length = 1024" in out
+    assert "fbank frames of 10 ms" in out
+    assert "model.distill.on = off" in out
+    assert "name = kdc_mae" in out and "model.num_views=2" in out
+    only = kdcmae("settings", "model.distill")[1]
+    assert all(line.startswith("model.distill.") for line in only.splitlines())
+
+
+def test_pretrain_hands_its_arguments_on(kdcmae, monkeypatch):
+    pretrain = pytest.importorskip("kdcmae_fast.pretrain")
+    seen = []
+    monkeypatch.setattr(pretrain, "main", lambda arguments: seen.append(arguments) or 3)
+    assert kdcmae("pretrain", "--resume", "train.steps=1", "--debug")[0] == 3
+    assert seen == [["--resume", "train.steps=1", "--debug"]]

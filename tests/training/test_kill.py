@@ -1,0 +1,89 @@
+"""SIGKILL at any moment: the next start goes on from a complete checkpoint, to the same end."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from kdcmae_fast.training.checkpoint import SAVING, complete_checkpoints, read_progress
+
+STEPS = 40
+# A checkpoint at every step: most of the time goes into writing them.
+SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every=1", "--resume")
+
+
+def newest_step(output) -> int:
+    checkpoints = complete_checkpoints(output / "checkpoints")
+    return read_progress(checkpoints[0]).step if checkpoints else 0
+
+
+def kill_once(launch, output, log, rng, *, while_saving, processes) -> bool:
+    """Start, let it get on, SIGKILL every process; False if the run ended before that."""
+    before = newest_step(output)
+    run = launch.start(output, *SETTINGS, log=log, processes=processes)
+    saving = output / "checkpoints" / SAVING
+    deadline = time.monotonic() + 120
+    while run.poll() is None and newest_step(output) <= before:
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+    if while_saving:
+        while run.poll() is None and not saving.exists():
+            pass
+        time.sleep(rng.uniform(0, 0.02))
+    else:
+        time.sleep(rng.uniform(0, 0.3))
+    ended = run.poll() is not None
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    return not ended
+
+
+def killed_run(launch, output, folder, *, kills, processes):
+    rng = random.Random(0)
+    for number in range(kills):
+        before = newest_step(output)
+        log = folder / f"log_{number}"
+        killed = kill_once(
+            launch, output, log, rng, while_saving=number % 2 == 0, processes=processes
+        )
+        after = newest_step(output)
+        text = log.read_text()
+        assert after > before, text
+        assert before == 0 or f"resumed from {output / 'checkpoints' / f'step_{before}'}" in text
+        if not killed:
+            assert after == STEPS
+            break
+    launch.run(output, *SETTINGS, processes=processes)
+
+
+@pytest.mark.parametrize(
+    ("kills", "processes"), [(2, 1), pytest.param(10, 2, marks=pytest.mark.slow)]
+)
+def test_killed_runs_resume(launch, losses_of, tmp_path, kills, processes):
+    output = tmp_path / "run"
+    killed_run(launch, output, tmp_path, kills=kills, processes=processes)
+    whole = tmp_path / "whole"
+    launch.run(whole, f"train.steps={STEPS}", processes=processes)
+    assert losses_of(output) == losses_of(whole)
+    left = {path.name for path in (output / "checkpoints").glob("*step*")}
+    assert left == {f"step_{STEPS}", f"step_{STEPS - 1}"}
+
+
+def test_damaged_checkpoint_is_passed_over(launch, reference, losses_of, tmp_path, caplog):
+    """What a kill cannot do, a full disk can: the older checkpoint is used, the log says why."""
+    folder = tmp_path / "checkpoints"
+    for step in (2, 4, 6):
+        (folder / f"step_{step}").mkdir(parents=True)
+        state = (reference / "checkpoints" / "step_6" / "state.json").read_text()
+        (folder / f"step_{step}" / "state.json").write_text(state)
+        for path in (reference / "checkpoints" / "step_6").iterdir():
+            if path.name != "state.json":
+                (folder / f"step_{step}" / path.name).symlink_to(path)
+    assert [path.name for path in complete_checkpoints(folder)] == ["step_6", "step_4", "step_2"]
+    (folder / "step_6" / "state.json").write_text("{")
+    (folder / "step_4" / "rng_0.pt").unlink()
+    assert [path.name for path in complete_checkpoints(folder)] == ["step_2"]
+    assert "step_4 is passed over: rng_0.pt is missing" in caplog.text
+    assert "step_6 is passed over: its state.json is missing or unreadable" in caplog.text

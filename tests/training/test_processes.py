@@ -1,0 +1,81 @@
+"""Two processes: equal to one, from one to the other and back, and always a clean end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+def test_two_processes_equal_one(launch, two_process_reference, assert_close, tmp_path):
+    """1 x 8 clips and 2 x 4, fp32: same clips, same masks, InfoNCE over the global batch."""
+    launch.run(tmp_path / "one", fp32=True)
+    assert_close(tmp_path / "one", two_process_reference, 1e-5)
+
+
+def continue_on(launch, output, processes, zero, *settings):
+    return launch.run(output, "--resume", *settings, processes=processes, zero=zero, fp32=True)
+
+
+@pytest.mark.parametrize(
+    "zero", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_two_to_one_and_back(launch, two_process_reference, assert_close, tmp_path, zero):
+    """Stopped after 2 and 4 of 6 steps; every leg is converted for its number of processes."""
+    output = tmp_path / "run"
+    short = ("optim.schedule=constant", "optim.warmup=0")
+    uninterrupted = tmp_path / "whole"
+    launch.run(uninterrupted, *short, fp32=True)
+    for steps, processes in ((2, 2), (4, 1), (6, 2)):
+        continue_on(launch, output, processes, zero, *short, f"train.steps={steps}")
+    assert_close(output, uninterrupted, 1e-5)
+
+
+def test_deepspeed_launcher(launch, reference, assert_close, tmp_path):
+    launch.run(tmp_path / "run", processes=2, launcher="deepspeed")
+    assert_close(tmp_path / "run", reference, 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("processes", "launcher"),
+    [(1, "python"), pytest.param(2, "deepspeed", marks=pytest.mark.slow)],
+)
+def test_sigterm_saves_and_exits_0(launch, losses_of, tmp_path, processes, launcher):
+    output, log = tmp_path / "run", tmp_path / "log"
+    settings = ("train.steps=2000", "data.num_workers=1")
+    run = launch.start(output, *settings, log=log, processes=processes, launcher=launcher)
+    wait_for(lambda: "step 3/" in log.read_text(), run)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=60) == 0, log.read_text()
+    assert "stopped as asked; pass --resume" in log.read_text()
+    stopped = max(losses_of(output))
+    assert (output / "checkpoints" / f"step_{stopped}" / "state.json").exists()
+    assert not (output / "model").exists()
+    steps = f"train.steps={stopped + 1}"
+    launch.run(output, steps, "--resume", processes=processes)
+    assert max(losses_of(output)) == stopped + 1
+
+
+@pytest.mark.slow
+def test_twenty_runs_under_load_all_exit_0(launch, tmp_path):
+    """Two processes on busy cores: finishing must not depend on who shuts down first."""
+    burn = [sys.executable, "-c", "while True: pass"]
+    burners = [subprocess.Popen(burn) for _ in range(os.cpu_count() or 1)]
+    try:
+        for number in range(20):
+            zero = 1 + number % 3
+            launch.run(tmp_path / str(number), "train.steps=2", processes=2, zero=zero)
+    finally:
+        for burner in burners:
+            burner.kill()
+            burner.wait()
+
+
+def wait_for(condition, run, seconds=90):
+    """Until `condition()`; fails when the run ends first."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
