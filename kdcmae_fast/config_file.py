@@ -154,8 +154,9 @@ def _defaults(settings: Settings, origins: Mapping[str, str]) -> Settings:
                 f"expected one of {', '.join(table)}"
             )
         for key, setting in table[value].items():
-            is_group = dataclasses.is_dataclass(setting) and not isinstance(setting, type)
-            model[key] = dataclasses.asdict(setting) if is_group else setting
+            if dataclasses.is_dataclass(setting) and not isinstance(setting, type):
+                setting = dataclasses.asdict(setting)
+            model[key] = setting
     return {"model": model}
 
 

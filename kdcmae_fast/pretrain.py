@@ -24,7 +24,7 @@ from pathlib import Path
 _here = Path(__file__).resolve().parent
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _here]
 
-from kdcmae_fast.training.command import run_pretraining
+from kdcmae_fast.training.command import one_line, run_pretraining
 from kdcmae_fast.training.distributed import leave
 
 
@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     options = parser.parse_intermixed_args(arguments)
 
-    is_main = int(os.environ.get("RANK", 0)) == 0
-    level = logging.INFO if is_main else logging.ERROR
+    rank = "" if os.environ.get("RANK", "0") == "0" else f" on rank {os.environ['RANK']}"
+    level = logging.ERROR if rank else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     # DeepSpeed calls collectives by names that torch is about to retire.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -58,9 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             traceback.print_exc()
-        text = " ".join(str(error).split()) or repr(error)
-        named = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
-        print(f"error: {named}", file=sys.stderr)
+        print(f"error{rank}: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 

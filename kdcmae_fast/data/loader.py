@@ -7,6 +7,8 @@ this one arithmetic, so none of them can change which clips a step sees.
 """
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -189,7 +191,7 @@ def make_loader(
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
             multiprocessing_context=_worker_context() if workers else None,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_prepare_worker,
             collate_fn=_as_is,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # its draws must not move the global generator
@@ -215,8 +217,21 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _one_thread(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the training process is gone, killed for instance.
+
+    DataLoader's own watch looks at the process that forked the worker, which is the fork server;
+    and that stays as long as there are workers.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _worker_context() -> multiprocessing.context.BaseContext:

@@ -1,9 +1,10 @@
 """Synthetic clips: a moving, coloured shape and the sound it makes, with the truth known.
 
 The shape's kind (the class) fixes the sound's timbre, its size the base pitch (small is high), its
-hue the tremolo rate (red 2 Hz to violet 16 Hz), its height in the picture bends the pitch (up to
-a third of an octave each way) and its horizontal place sets the level (right is loud). It throws
-coloured light around itself. Grey shapes on the cluttered background are silent. Sound and picture are functions of (seed, clip number) and time.
+hue the tremolo rate (red 2 Hz to violet 16 Hz), its height in the picture bends the pitch (by up to
+a third of an octave) and its horizontal place sets the level (right is loud). It throws coloured
+light around itself; grey shapes on the cluttered background are silent. Sound and picture are
+functions of (seed, clip number) and of time.
 """
 
 import colorsys

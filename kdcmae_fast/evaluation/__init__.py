@@ -1,5 +1,6 @@
 """What a trained model is worth: features, retrieval, reconstruction pictures, loss curves."""
 
+from kdcmae_fast.evaluation.commands import EvaluationSource, reconstruct, retrieve
 from kdcmae_fast.evaluation.features import ClipFeatures, extract_features
 from kdcmae_fast.evaluation.pictures import draw_clip, reconstruct_batch
 from kdcmae_fast.evaluation.plots import plot_losses
@@ -7,10 +8,13 @@ from kdcmae_fast.evaluation.retrieval import RetrievalScores, retrieval_scores
 
 __all__ = [
     "ClipFeatures",
+    "EvaluationSource",
     "RetrievalScores",
     "draw_clip",
     "extract_features",
     "plot_losses",
+    "reconstruct",
     "reconstruct_batch",
     "retrieval_scores",
+    "retrieve",
 ]

@@ -1,0 +1,1 @@
+"""The pretraining engine: DeepSpeed steps, schedules, checkpoints, logs."""

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 from kdcmae_fast.config_file import load_config
+from kdcmae_fast.data.bad import TooManyBadClips
 from kdcmae_fast.training.deepspeed_config import check_deepspeed_config, load_deepspeed_config
 from kdcmae_fast.training.run_folder import saved_settings
 
@@ -38,6 +39,17 @@ def run_pretraining(options: argparse.Namespace) -> None:
     )
     if world.is_main:
         _draw_losses(options.output)
+
+
+def one_line(error: Exception) -> str:
+    """What a person should read of `error`: its message, after its type if that is unexpected."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    meant = isinstance(error, ValueError | FloatingPointError | TooManyBadClips)
+    if meant and text:
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)"
 
 
 def _default(name: str, option: str) -> Path:

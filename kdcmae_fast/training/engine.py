@@ -14,7 +14,7 @@ from kdcmae_fast.training import checkpoint, report
 from kdcmae_fast.training.distributed import World, gather_lists, join_world
 from kdcmae_fast.training.optimizers import set_learning_rate
 from kdcmae_fast.training.profiling import profiler
-from kdcmae_fast.training.run import Run, loader_of, prepare, tracker_of
+from kdcmae_fast.training.run import Run, batches_of, prepare, tracker_of
 from kdcmae_fast.training.schedule import lr_factor
 from kdcmae_fast.training.step import Meter, train_step
 from kdcmae_fast.training.stopping import StopRequest
@@ -60,7 +60,7 @@ def train(run: Run, stop: StopRequest, *, profile: bool) -> bool:
     meter = Meter(run.length, run.world, run.first_step)
     new_bad: list[BadClip] = []
     with (
-        closing(iter(loader_of(run))) as batches,
+        closing(batches_of(run)) as batches,
         closing(tracker_of(run)) as tracker,
         profiler(run.output, run.world, enabled=profile) as trace,
     ):
@@ -78,7 +78,8 @@ def train(run: Run, stop: StopRequest, *, profile: bool) -> bool:
             # From here on the host waits for the device and the ranks agree on what happened.
             flags = {"bad": len(new_bad), "stop": int(stop.requested)}
             record, counts = meter.record(done, losses, lr, flags)
-            tracker.write(record)
+            norm = run.engine.get_global_grad_norm()
+            tracker.write(record if norm is None else {**record, "grad_norm": float(norm)})
             if counts["bad"]:
                 _report_bad_clips(run, new_bad, done)
                 new_bad = []

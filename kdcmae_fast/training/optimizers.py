@@ -48,11 +48,12 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
 
 
 def _decay_matrices_only(model: nn.Module, weight_decay: float) -> list[ParamGroup]:
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in model.parameters():
         is_vector = parameter.numel() == max(parameter.shape, default=1)
         (vectors if is_vector else matrices).append(parameter)
-    groups = [
+    groups: list[ParamGroup] = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]

@@ -1,6 +1,7 @@
 """A run, built from its settings or taken up from a checkpoint."""
 
 import logging
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,19 @@ from torch import distributed as dist
 
 from kdcmae_fast.config import RunConfig
 from kdcmae_fast.config_file import Settings
-from kdcmae_fast.data import BadClip, BadClips, ClipDataset, Loader, make_loader, open_dataset
+from kdcmae_fast.data import (
+    BadClip,
+    BadClips,
+    ClipDataset,
+    RawBatch,
+    make_loader,
+    open_dataset,
+)
 from kdcmae_fast.training import checkpoint, deepspeed_config, report, run_folder
 from kdcmae_fast.training.distributed import World
 from kdcmae_fast.training.optimizers import build_optimizer
 from kdcmae_fast.training.schedule import RunLength, run_length
+from kdcmae_fast.training.stopping import shielded_children
 from kdcmae_fast.training.tracking import Tracker, open_tracker
 from kdcmae_fast.training.weights import initial_model, untrained_tensors
 
@@ -104,9 +113,9 @@ def _build_engine(
     return engine
 
 
-def loader_of(run: Run) -> Loader:
-    """This rank's batches from the run's first step on."""
-    return make_loader(
+def batches_of(run: Run) -> Generator[RawBatch, None, None]:
+    """This rank's batches from the run's first step on, without end."""
+    loader = make_loader(
         run.dataset,
         data=run.config.data,
         seed=run.config.train.seed,
@@ -115,6 +124,11 @@ def loader_of(run: Run) -> Loader:
         world_size=run.world.size,
         start_sample=run.first_step * run.length.samples_per_step,
     )
+    batches = iter(loader)
+    with shielded_children():  # the first batch starts the workers
+        first = next(batches)
+    yield first
+    yield from batches
 
 
 def tracker_of(run: Run) -> Tracker:

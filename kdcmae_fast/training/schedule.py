@@ -43,11 +43,10 @@ def run_length(
             "processes; use more data or a smaller ds.train_micro_batch_size_per_gpu"
         )
     if train.steps is not None:
-        total_steps = train.steps
-    elif train.epochs is not None:
-        total_steps = train.epochs * batches // accumulation
-    else:
+        return RunLength(train.steps, batches, accumulation, global_batch)
+    if train.epochs is None:
         raise ValueError("train.steps=None, train.epochs=None: one must say how long to train")
+    total_steps = train.epochs * batches // accumulation
     if total_steps < 1:
         raise ValueError(
             f"train.epochs={train.epochs}: {train.epochs * batches} batches are fewer than one "

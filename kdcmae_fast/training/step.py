@@ -48,7 +48,7 @@ def stage(name: str) -> AbstractContextManager[Any]:
     """A named range in profiles: NVTX on CUDA, and in the torch profiler's trace."""
     if torch.cuda.is_available():
         return torch.cuda.nvtx.range(name)
-    if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+    if torch.autograd._profiler_enabled():
         return torch.profiler.record_function(name)
     return nullcontext()
 

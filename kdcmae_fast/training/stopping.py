@@ -2,6 +2,8 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -9,9 +11,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """While entered, the first signal only sets `requested`; the second acts as usual.
+    """While entered, SIGTERM and the first SIGINT only set `requested`; a second SIGINT interrupts.
 
-    Outside of the main thread, where Python cannot handle signals, it never is requested.
+    (Launchers pass SIGTERM on, so that it comes more than once.) Outside of the main thread, where
+    Python cannot handle signals, it never is requested.
     """
 
     def __init__(self) -> None:
@@ -34,4 +37,19 @@ class StopRequest:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        signal.signal(number, self._before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
+
+
+@contextmanager
+def shielded_children() -> Iterator[None]:
+    """Processes started inside never see these signals.
+
+    Launchers and Slurm send them to the whole process tree, and the loader's workers must deliver
+    until the last step is done; they end with the process that reads from them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

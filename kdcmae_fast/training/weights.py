@@ -23,7 +23,7 @@ def initial_model(config: RunConfig, *, resumed: bool) -> Any:
     if not source or resumed:
         return build_model(config.name, config.preset, **settings)
     if not Path(source).is_dir():
-        return load_published(source, name=config.name, **settings)
+        return load_published(source, name=config.name, **settings).float()
     model = build_model(config.name, config.preset, **settings)
     weights = from_pretrained(source).state_dict()
     ours = model.state_dict()

@@ -22,7 +22,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 # `auto` on CPU, from the measurements in the README.
 MAX_SCORES = 2**25  # scores of one call that may be materialised: 128 MiB in float32
-MAX_LENGTH_WIDE = 384  # keys per sequence up to which float32 and float64 materialise them
+MAX_LENGTH = 384  # keys per sequence up to which materialised scores were faster
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -97,11 +97,10 @@ def requested(impl: str, device: str) -> str:
     return impl
 
 
-def automatic(device: str, dtype: torch.dtype, scores: int, length: int) -> str:
+def automatic(device: str, scores: int, length: int) -> str:
     """What `auto` takes for `scores` scores in all, over `length` keys per sequence."""
-    if device != "cpu" or scores > MAX_SCORES:
-        return "sdpa"
-    return "torch" if dtype in HALF or length <= MAX_LENGTH_WIDE else "sdpa"
+    short = device == "cpu" and length <= MAX_LENGTH and scores <= MAX_SCORES
+    return "torch" if short else "sdpa"
 
 
 def report(device: str) -> Backend:
@@ -112,8 +111,5 @@ def report(device: str) -> Backend:
         return Backend(impl, f"KDCMAE_IMPL={impl}")
     if device != "cpu":
         return Backend("sdpa", "; ".join([f"default on {device}", *missing]))
-    why = (
-        f"measured on CPU; torch instead for 16-bit floats and up to {MAX_LENGTH_WIDE} keys, "
-        f"while one call has at most {MAX_SCORES} scores"
-    )
+    why = f"measured on CPU; torch instead up to {MAX_LENGTH} keys and {MAX_SCORES} scores"
     return Backend("sdpa", "; ".join([why, *missing]))

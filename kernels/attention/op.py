@@ -56,9 +56,9 @@ def attention(
     dtype: one for all three: float64, float32, bfloat16 or float16 (flash_attn and xformers: the
     16-bit ones). Scores and softmax are float32 at least; autocast does not change the result.
     impl: "sdpa", "flash_attn", "xformers", "torch" (scores materialised, B*H*L*S of them kept
-    for the backward pass); "auto" is "sdpa" on GPUs and on CPU a measured choice between "sdpa"
-    and "torch" by dtype and length that never materialises more than 2**25 scores. The
-    environment variable KDCMAE_IMPL=torch makes "auto" mean "torch".
+    for the backward pass); "auto" is "sdpa", but "torch" on CPU for up to 384 keys and 2**25
+    scores, where that measured faster. The environment variable KDCMAE_IMPL=torch makes "auto"
+    mean "torch".
 
     Differentiable. Errors are ValueErrors that name the argument; a missing back-end says why.
     """
@@ -79,7 +79,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, chosen: str) -> Tensor:
     if chosen == "auto":
         batch, heads, queries, _ = q.shape
         keys = k.shape[2]
-        chosen = automatic(q.device.type, q.dtype, batch * heads * queries * keys, keys)
+        chosen = automatic(q.device.type, batch * heads * queries * keys, keys)
     return DENSE[chosen](q, k, v)
 
 

@@ -1,6 +1,10 @@
 """Which clips a step sees: the same for any number of workers and ranks, and after a resume."""
 
+import subprocess
+import sys
+import time
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,3 +167,38 @@ def test_no_readable_clip_is_a_one_line_error(workers):
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         batches(Numbered(30), 1, **options)
+
+
+KILLED = """
+import multiprocessing, time
+from kdcmae_fast.config import DataConfig
+from kdcmae_fast.data import SyntheticClips, make_loader
+
+clips = SyntheticClips(50, seed=0, img_size=16, clip_seconds=0.5)
+batches = iter(make_loader(clips, data=DataConfig(num_workers=2), seed=0, micro_batch_size=2))
+next(batches)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+time.sleep(60)
+"""
+
+
+def running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_workers_end_when_the_training_process_is_killed():
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        workers = process.stdout.readline().split()
+        process.kill()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(map(running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(running, workers))

@@ -2,10 +2,9 @@
 
     python compile_gate.py ARCH CASES.py...     # ARCH: 80, 90, 100
 
-Each CASES.py holds `CASES`: name -> Case-like dict, see test_compile_gate.py. Its `launch` calls a
-family's own launcher with meta tensors; launches are compiled instead of run, so block sizes, warps
-and pointer alignment are the ones of production. One JSON object per line and kernel: case, kernel,
-registers, stack, shared, spills, and the machine code's instructions with their counts.
+CASES.py holds `CASES`: name -> (launch, expectations of test_compile_gate.py). `launch()` calls a
+family's own launcher with meta tensors; what it launches is compiled instead of run, so block
+sizes, warps and pointer alignment are the ones of production. Prints one JSON object per kernel.
 
 One process per architecture: Triton's cache in memory does not look at the target.
 """
@@ -17,11 +16,12 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -43,18 +43,14 @@ class NoGpu:
     def get_current_stream(self, device: int) -> int:
         return 0
 
-    map_python_to_cpp_type = CudaDriver.map_python_to_cpp_type
 
-
-def compile_launches(launch) -> list[tuple[str, object]]:
-    """Call `launch`; (kernel name, compiled kernel) for every launch in it."""
+def compile_launches(launch: Callable[[], None]) -> list[tuple[str, Any]]:
+    """(kernel name, compiled kernel) for every launch in `launch`."""
     compiled = []
     original = JITFunction.run
 
     def run(self, *args, grid, warmup, **kwargs):
-        kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append((self.__name__, kernel))
-        return kernel
+        compiled.append((self.__name__, original(self, *args, grid=grid, warmup=True, **kwargs)))
 
     JITFunction.run = run
     try:
@@ -64,26 +60,25 @@ def compile_launches(launch) -> list[tuple[str, object]]:
     return compiled
 
 
-def tool(name: str, *arguments: str) -> str:
-    done = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
-    return done.stdout
-
-
-def inspect(cubin: bytes) -> dict[str, object]:
+def inspect(cubin: bytes) -> dict[str, Any]:
     """Resources and instruction counts of one kernel's machine code."""
+
+    def tool(name: str, *options: str) -> str:
+        command = [TOOLS / name, *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = tool("nvdisasm", "-c", file.name)
+        usage = tool("cuobjdump", "--dump-resource-usage")
+        code = tool("nvdisasm", "-c")
     # A line of code: /*0010*/ @P0 LDG.E.128 R4, ...
     names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code)
     counts = collections.Counter(names)
-    spills = sum(count for name, count in counts.items() if re.match(r"(LDL|STL)\b", name))
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "spills": spills,
+        "spills": sum(n for name, n in counts.items() if name.split(".")[0] in ("LDL", "STL")),
         "instructions": dict(counts),
     }
 
@@ -91,8 +86,8 @@ def inspect(cubin: bytes) -> dict[str, object]:
 def main(arch: int, files: list[str]) -> None:
     driver.set_active(NoGpu(arch))
     for file in files:
-        for case, expectation in runpy.run_path(file)["CASES"].items():
-            for kernel, compiled in compile_launches(expectation["launch"]):
+        for case, (launch, _) in runpy.run_path(file)["CASES"].items():
+            for kernel, compiled in compile_launches(launch):
                 row = {"case": case, "kernel": kernel, "shared": compiled.metadata.shared}
                 print(json.dumps(row | inspect(compiled.asm["cubin"])), flush=True)
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 
@@ -38,23 +39,41 @@ def test_deepspeed_launcher(launch, reference, assert_close, tmp_path):
     assert_close(tmp_path / "run", reference, 2e-2)
 
 
-@pytest.mark.parametrize(
-    ("processes", "launcher"),
-    [(1, "python"), pytest.param(2, "deepspeed", marks=pytest.mark.slow)],
-)
-def test_sigterm_saves_and_exits_0(launch, losses_of, tmp_path, processes, launcher):
+def test_sigterm_saves_and_exits_0(launch, losses_of, tmp_path):
+    """As Slurm sends it: to the run and to its loader's workers."""
+    output, log = tmp_path / "run", tmp_path / "log"
+    run = launch.start(output, "train.steps=2000", "data.num_workers=1", log=log)
+    wait_for(lambda: "step 3/" in log.read_text(), run)
+    os.killpg(run.pid, signal.SIGTERM)
+    assert run.wait(timeout=60) == 0, log.read_text()
+    check_stopped(launch, losses_of, output, log, processes=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_sigterm_to_one_process_stops_all(launch, losses_of, tmp_path, launcher):
+    """The processes agree at a step's end, all of them save, and the launcher sees success."""
     output, log = tmp_path / "run", tmp_path / "log"
     settings = ("train.steps=2000", "data.num_workers=1")
-    run = launch.start(output, *settings, log=log, processes=processes, launcher=launcher)
+    run = launch.start(output, *settings, log=log, processes=2, launcher=launcher)
     wait_for(lambda: "step 3/" in log.read_text(), run)
-    run.send_signal(signal.SIGTERM)
+    ranks = [
+        process
+        for process in psutil.Process(run.pid).children(recursive=True)
+        if str(output) in process.cmdline() and process.environ().get("RANK") == "1"
+    ]
+    ranks[0].terminate()
     assert run.wait(timeout=60) == 0, log.read_text()
+    check_stopped(launch, losses_of, output, log, processes=2)
+
+
+def check_stopped(launch, losses_of, output, log, *, processes):
+    """Saved at the step it stopped at, said so, and can go on."""
     assert "stopped as asked; pass --resume" in log.read_text()
     stopped = max(losses_of(output))
     assert (output / "checkpoints" / f"step_{stopped}" / "state.json").exists()
     assert not (output / "model").exists()
-    steps = f"train.steps={stopped + 1}"
-    launch.run(output, steps, "--resume", processes=processes)
+    launch.run(output, f"train.steps={stopped + 1}", "--resume", processes=processes)
     assert max(losses_of(output)) == stopped + 1
 
 
