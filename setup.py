@@ -10,6 +10,7 @@ KDCMAE_BUILD_EXT=0 leaves the extension out. CXX chooses the compiler.
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +21,26 @@ FAMILIES = find_packages("kernels")
 
 def pure_python(reason: str) -> None:
     print(f"kdcmae_fast: pure-Python install, no C++ ops: {reason}", file=sys.stderr)
+
+
+def cuda_objects(folder: str) -> tuple[list[str], list[str]]:
+    """Objects of csrc/cuda/*.cu and the linker options they need; empty ones without CUDA.
+
+    The sources are plain CUDA (raw pointers and a stream, no torch headers), so nvcc is called
+    directly: seconds instead of a minute, and any toolkit will do. csrc/cuda/*.cpp binds them.
+    """
+    import torch
+
+    sources, nvcc = sorted(Path("csrc/cuda").glob("*.cu")), shutil.which("nvcc")
+    if not sources or nvcc is None or torch.version.cuda is None:
+        return [], []
+    objects = []
+    for source in sources:
+        objects.append(str(Path(folder, source.stem + ".cu.o")))
+        command = [nvcc, "-c", "-O3", "-std=c++17", "-arch=all-major", "-Xcompiler=-fPIC"]
+        subprocess.run([*command, str(source), "-o", objects[-1]], check=True)
+    libraries = Path(nvcc).resolve().parents[1] / "lib64"
+    return objects, [f"-L{libraries}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
 
 
 def extension():
@@ -43,6 +64,12 @@ def extension():
         def run(self):
             inplace = self.inplace
             try:
+                Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+                module = self.extensions[0]
+                module.extra_objects, options = cuda_objects(self.build_temp)
+                if module.extra_objects:
+                    module.sources += map(str, sorted(Path("csrc/cuda").glob("*.cpp")))
+                    module.extra_link_args += options
                 super().run()
             except (Exception, SystemExit) as error:
                 pure_python(f"compiling failed, {str(error).splitlines()[0]} (see above)")
@@ -54,7 +81,7 @@ def extension():
         "kdcmae_fast._C",
         sorted(str(path) for path in sources),
         # No -ffast-math: it switches denormals off for the whole host process.
-        extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden"],
+        extra_compile_args=["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden"],
         extra_link_args=["-fopenmp"],
         depends=[str(path) for path in Path("csrc").rglob("*.h")],
     )

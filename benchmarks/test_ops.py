@@ -5,14 +5,17 @@ import pytest
 import torch
 
 from kdcmae_fast import kernels
+from kdcmae_fast.kernels.common import implementations, unavailable
 
-IMPLS = ("published", "torch", "cpp", "triton")
 VIEWS = 2
 
 
-def skip_unavailable(op: str, impl: str, device: str) -> None:
-    from kdcmae_fast.kernels.common import unavailable
+def providers(op: str) -> pytest.MarkDecorator:
+    """The published op sequence and every implementation that `op` has."""
+    return pytest.mark.parametrize("impl", ("published", *implementations(op)))
 
+
+def skip_unavailable(op: str, impl: str, device: str) -> None:
     problem = impl != "published" and unavailable(op, impl, device)
     if problem:
         pytest.skip(problem)
@@ -38,7 +41,7 @@ def audio(full: bool, device: str) -> Audio:
     return Audio(full, device)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@providers("complementary_masks")
 def test_masks(impl, audio, device, measure):
     skip_unavailable("complementary_masks", impl, device)
 
@@ -55,7 +58,7 @@ def test_masks(impl, audio, device, measure):
     measure(f"masks B={audio.batch} L={audio.tokens}", impl, forward, expected=expected)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@providers("gather_tokens")
 def test_gather_tokens(impl, audio, device, measure):
     skip_unavailable("gather_tokens", impl, device)
     x = torch.randn(audio.batch, audio.tokens, audio.dim, device=device, requires_grad=True)
@@ -71,7 +74,7 @@ def test_gather_tokens(impl, audio, device, measure):
     measure(group, impl, forward, (x,), expected=published_way())
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@providers("embed_visible_patches")
 def test_embed_visible_patches(impl, audio, device, measure):
     skip_unavailable("embed_visible_patches", impl, device)
     fbank = torch.randn(audio.batch, audio.grid[1] * 16, 128, device=device)
@@ -93,7 +96,7 @@ def test_embed_visible_patches(impl, audio, device, measure):
     measure(group, impl, forward, (weight, bias), expected=published_way())
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@providers("assemble_decoder_input")
 def test_assemble_decoder_input(impl, audio, device, measure):
     skip_unavailable("assemble_decoder_input", impl, device)
     dim = audio.dim * 2 // 3
@@ -112,7 +115,7 @@ def test_assemble_decoder_input(impl, audio, device, measure):
     measure(group, impl, forward, (x, mask_token), expected=published_way())
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@providers("masked_reconstruction_loss")
 def test_masked_reconstruction_loss(impl, audio, device, measure):
     skip_unavailable("masked_reconstruction_loss", impl, device)
     fbank = torch.randn(audio.batch, audio.grid[1] * 16, 128, device=device)
@@ -132,7 +135,7 @@ def test_masked_reconstruction_loss(impl, audio, device, measure):
     measure(group, impl, forward, (pred,), expected=published_way())
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@providers("info_nce")
 def test_info_nce(impl, full, device, measure):
     skip_unavailable("info_nce", impl, device)
     batch, dim = (4096, 768) if full else (256, 192)

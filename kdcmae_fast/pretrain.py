@@ -4,6 +4,8 @@ One process:    deepspeed kdcmae_fast/pretrain.py --ds_config configs/zero2.json
 N processes:    deepspeed --num_gpus N kdcmae_fast/pretrain.py --ds_config configs/zero2.json
 Many machines:  deepspeed --hostfile hosts kdcmae_fast/pretrain.py --ds_config configs/zero2.json
 torchrun:       torchrun --nproc_per_node N kdcmae_fast/pretrain.py --ds_config configs/zero2.json
+Slurm:          srun torchrun --nnodes $SLURM_NNODES --nproc_per_node 8 --rdzv_backend c10d \\
+                    --rdzv_endpoint $HEAD_NODE:29500 kdcmae_fast/pretrain.py --ds_config ...
 No launcher:    python kdcmae_fast/pretrain.py --ds_config configs/zero2.json
 
 Without --recipe it trains configs/demo.yaml on built-in synthetic clips. Settings are changed by

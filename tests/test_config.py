@@ -169,6 +169,7 @@ def test_committed_deepspeed_configs(stage):
         ({"fp16": {"enabled": True}}, "use bf16.enabled=true, or fp32"),
         ({"train_micro_batch_size_per_gpu": "auto"}, "expected a whole number of 1 or more"),
         ({"zero_optimization": {"stage": 4}}, "expected 0, 1, 2 or 3"),
+        ({"bf16": {"enabled": True}}, "stage=0 with bf16 keeps no fp32 master weights"),
         ({"gradient_clipping": "hard"}, "gradient_clipping=hard: expected a number of 0 or more"),
     ],
 )

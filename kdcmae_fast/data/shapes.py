@@ -14,11 +14,13 @@ class Shape(NamedTuple):
 
     distance: (x, y) -> signed distance to the outline (about; negative inside).
     extent: x0, y0, x1, y1 of its bounding box.
+    pattern: (x, y) -> -1..1, the dark (positive) bands of its surface; x and y in periods.
     """
 
     name: str
     distance: Callable[[Array, Array], Array]
     extent: tuple[float, float, float, float]
+    pattern: Callable[[Array, Array], Array]
 
 
 def _circle(x: Array, y: Array) -> Array:
@@ -59,29 +61,46 @@ def _hourglass(x: Array, y: Array) -> Array:
     return np.maximum(0.8 * np.abs(x) - 0.6 * np.abs(y) - 0.1, np.abs(y) - 1)
 
 
+def _wave(turns: Array) -> Array:
+    return np.sin(2 * np.pi * turns).astype(np.float32)
+
+
 SHAPES: tuple[Shape, ...] = (
-    Shape("circle", _circle, (-1, -1, 1, 1)),
-    Shape("square", _square, (-0.85, -0.85, 0.85, 0.85)),
-    Shape("triangle", _triangle, (-0.994, -1, 0.994, 0.8)),
-    Shape("ring", _ring, (-1, -1, 1, 1)),
-    Shape("cross", _cross, (-1, -1, 1, 1)),
-    Shape("bar", _bar, (-1, -0.33, 1, 0.33)),
-    Shape("crescent", _crescent, (-1, -1, 0.539, 1)),
-    Shape("hourglass", _hourglass, (-0.875, -1, 0.875, 1)),
+    Shape("circle", _circle, (-1, -1, 1, 1), lambda x, y: np.minimum(_wave(x), _wave(y))),
+    Shape("square", _square, (-0.85, -0.85, 0.85, 0.85), lambda x, y: _wave(x) * _wave(y)),
+    Shape("triangle", _triangle, (-0.994, -1, 0.994, 0.8), lambda x, y: _wave(y + 0 * x)),
+    Shape("ring", _ring, (-1, -1, 1, 1), lambda x, y: np.maximum(_wave(x), _wave(y))),
+    Shape("cross", _cross, (-1, -1, 1, 1), lambda x, y: _wave(x + 0 * y)),
+    Shape("bar", _bar, (-1, -0.33, 1, 0.33), lambda x, y: _wave(x + y)),
+    Shape("crescent", _crescent, (-1, -1, 0.539, 1), lambda x, y: _wave(x - y)),
+    Shape("hourglass", _hourglass, (-0.875, -1, 0.875, 1), lambda x, y: 0 * (x + y) - 1),
 )
+PERIODS = 11  # of a pattern, across the picture
+DARKNESS = 0.6  # of its bands, 0 to 1
 
 
 def draw(
-    canvas: Array, shape: Shape, center: tuple[float, float], radius: float, color: Array
+    canvas: Array,
+    shape: Shape,
+    center: tuple[float, float],
+    radius: float,
+    color: Array,
+    *,
+    patterned: bool = False,
 ) -> None:
     """Paint a shape onto `canvas` (H, W, 3) of 0..1, with smoothed edges.
 
     center: x, y, and radius: in pixels, pixel centres at half-integers. color: (3,).
+    patterned: with the shape's surface pattern, else plain.
     """
     columns, x = _pixels(center[0], radius, canvas.shape[1])
     rows, y = _pixels(center[1], radius, canvas.shape[0])
     cover = np.clip(0.5 - radius * shape.distance(x[None], y[:, None]), 0, 1)[..., None]
     region = canvas[rows, columns]
+    if patterned:
+        scale = np.float32(PERIODS * radius / canvas.shape[1])
+        bands = np.clip(0.5 + 2 * shape.pattern(x[None] * scale, y[:, None] * scale), 0, 1)
+        color = color * (1 - DARKNESS * bands[..., None])
     region += cover * (color - region)
 
 

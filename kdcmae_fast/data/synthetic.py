@@ -36,7 +36,7 @@ PITCH = (120.0, 1500.0)  # Hz, of the largest and the smallest shape
 TREMOLO = (2.0, 16.0)  # Hz
 MAX_HUE = 0.8  # red, yellow, green, blue, violet; red does not come back
 BEND = 0.35  # octaves, pitch at the top of the picture over pitch at its middle
-LEVELS = (-20.0, -6.0)  # dB, at the left and right edge
+LEVELS = (-32.0, -2.0)  # dB, at the left and right edge
 TREMOLO_DEPTH = 0.9
 GLOW = 0.8  # strength of the light next to the shape, 0 to 1
 GLOW_REACH = 3.0  # radii
@@ -217,7 +217,7 @@ class SyntheticClips:
             x, y = scene.position(time)
             center = (float(x) * size, float(y) * size)
             _shine(canvas, center, scene.radius * size, color)
-            draw(canvas, SHAPES[scene.label], center, scene.radius * size, color)
+            draw(canvas, SHAPES[scene.label], center, scene.radius * size, color, patterned=True)
             np.multiply(canvas, 255, out=picture, casting="unsafe")
         return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
 
@@ -229,7 +229,7 @@ class SyntheticClips:
     def _sound(self, scene: Scene, index: int) -> NDArray[np.float32]:
         """Wavetable synthesis: pitch and level are set every 10 ms and run straight between."""
         knots = np.arange(0, self.num_samples + FRAME_SHIFT, FRAME_SHIFT) / SAMPLE_RATE
-        turn, ring, hiss = keyed_rng(self.seed, SCENE_STREAM, self._number(index), 2).random(3)
+        turn, hiss = keyed_rng(self.seed, SCENE_STREAM, self._number(index), 2).random(2)
         pitch = scene.pitch(knots)
         ramp = _ramp(pitch * (_TABLE / _CYCLES / SAMPLE_RATE), self.num_samples)
         place = (np.cumsum(ramp, dtype=np.float64) + turn * _TABLE).astype(np.int64)
@@ -238,7 +238,6 @@ class SyntheticClips:
         sound *= _ramp(scene.level(knots), self.num_samples)
         beat = np.arange(self.num_samples, dtype=np.float32)
         beat *= np.float32(2 * np.pi * scene.tremolo / SAMPLE_RATE)
-        beat += np.float32(2 * np.pi * ring)
         np.cos(beat, out=beat)
         beat *= TREMOLO_DEPTH / 2
         beat += 1 - TREMOLO_DEPTH / 2

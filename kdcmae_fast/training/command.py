@@ -8,6 +8,7 @@ from kdcmae_fast.config_file import load_config
 from kdcmae_fast.data.bad import TooManyBadClips
 from kdcmae_fast.training.deepspeed_config import check_deepspeed_config, load_deepspeed_config
 from kdcmae_fast.training.run_folder import saved_settings
+from kdcmae_fast.training.tracking import require_wandb
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"  # in a checkout
 
@@ -31,6 +32,9 @@ def run_pretraining(options: argparse.Namespace) -> None:
     else:
         path = options.ds_config or _default("zero2.json", "--ds_config")
         deepspeed = load_deepspeed_config(path, theirs)
+
+    if config.train.wandb:
+        require_wandb()
 
     from kdcmae_fast.training.engine import pretrain  # DeepSpeed: seconds, so after the checks
 

@@ -127,3 +127,9 @@ def _check_values(config: Mapping[str, Any], origins: Mapping[str, str], path: s
     if stage not in ZERO_STAGES:
         where = origins["zero_optimization"]
         raise ValueError(f"{where}: zero_optimization.stage={stage}: expected 0, 1, 2 or 3")
+    if stage == 0 and enabled:
+        where = origins.get("zero_optimization", origins["bf16"])
+        raise ValueError(
+            f"{where}: zero_optimization.stage=0 with bf16 keeps no fp32 master weights; use stage "
+            "1, or bf16.enabled=false"
+        )

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -44,13 +44,13 @@ def train_step(
     return sums, bad
 
 
-def stage(name: str) -> AbstractContextManager[Any]:
-    """A named range in profiles: NVTX on CUDA, and in the torch profiler's trace."""
-    if torch.cuda.is_available():
-        return torch.cuda.nvtx.range(name)
-    if torch.autograd._profiler_enabled():
-        return torch.profiler.record_function(name)
-    return nullcontext()
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """A named range in profiles: the torch profiler's trace, and NVTX on CUDA."""
+    on_cuda = torch.cuda.is_available()
+    nvtx = torch.cuda.nvtx.range(name) if on_cuda else nullcontext()
+    with torch.profiler.record_function(name), nvtx:
+        yield
 
 
 class Meter:

@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,7 +48,6 @@ def open_tracker(
     """The sinks of a run on rank 0. A resumed run goes on in the same files.
 
     Records beyond `start_step`, left by a run that was killed after its last checkpoint, go.
-    Raises ValueError when W&B is asked for and not installed.
     """
     sinks: list[Sink] = [
         JsonLines(output / "log.jsonl", start_step),
@@ -59,6 +59,14 @@ def open_tracker(
     if sys.stderr.isatty():
         show = Bar(start_step, total_steps)
     return Tracker(*sinks, show)
+
+
+def require_wandb() -> None:
+    """ValueError unless Weights & Biases is installed."""
+    if find_spec("wandb") is None:
+        raise ValueError(
+            "train.wandb=True: wandb is not installed; pip install wandb, or leave it out"
+        )
 
 
 def truncate_log(path: Path, last_step: int) -> None:
@@ -113,12 +121,8 @@ class WeightsAndBiases:
     """A W&B run named after the output folder."""
 
     def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError(
-                "train.wandb=True: wandb is not installed; pip install wandb, or leave it out"
-            ) from None
+        import wandb
+
         self._run = wandb.init(
             dir=str(output), name=output.name, config=dict(settings), resume="allow"
         )

@@ -18,6 +18,7 @@ log = logging.getLogger("kdcmae_fast.kernels")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 IMPLS = ("torch", "cpp", "triton", "cuda")
+_MEANT_FOR = {"cpu": "cpp", "cuda": "triton"}  # missing there costs speed: said once per op
 _OPS: dict[str, tuple[str, ...]] = {}
 
 
@@ -52,6 +53,11 @@ def register_report(op: str, report: Callable[[str], Backend]) -> None:
     _REPORTS[op] = report
 
 
+def implementations(op: str) -> tuple[str, ...]:
+    """The implementations `op` has, fastest first, usable here or not."""
+    return _OPS[op]
+
+
 def unavailable(op: str, impl: str, device: str) -> str | None:
     """Why `impl` of `op` cannot run on tensors of this device type; None when it can."""
     if impl not in _OPS[op]:
@@ -72,10 +78,11 @@ def resolve(op: str, impl: str, device: str) -> str:
     """The implementation to run for tensors of device type `device` ("cpu", "cuda").
 
     An explicit `impl` that cannot run raises ValueError with the reason; only "auto" falls back.
-    The environment variable KDCMAE_IMPL replaces "auto" where the op has that implementation.
+    The environment variable KDCMAE_IMPL replaces "auto" where the op has that implementation, and
+    then raises like an explicit one.
     """
     if impl == "auto":
-        return _automatic(op, device, os.environ.get("KDCMAE_IMPL") or None).impl
+        return _automatic(op, device, _wanted()).impl
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not one of auto, {', '.join(IMPLS)}")
     problem = unavailable(op, impl, device)
@@ -90,24 +97,34 @@ def backends(device: str | None = None) -> dict[str, Backend]:
     device: "cpu" or "cuda"; by default "cuda" where there is one.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    wanted = os.environ.get("KDCMAE_IMPL") or None
-    chosen = {op: _automatic(op, device, wanted) for op in _OPS}
+    chosen = {op: _automatic(op, device, _wanted()) for op in _OPS}
     chosen |= {op: report(device) for op, report in _REPORTS.items()}
     return dict(sorted(chosen.items()))
 
 
+def _wanted() -> str | None:
+    """The implementation that KDCMAE_IMPL asks for, if any."""
+    wanted = os.environ.get("KDCMAE_IMPL") or None
+    if wanted not in (None, "auto", *IMPLS):
+        raise ValueError(f"KDCMAE_IMPL={wanted} is not one of auto, {', '.join(IMPLS)}")
+    return None if wanted == "auto" else wanted
+
+
 @functools.cache
 def _automatic(op: str, device: str, wanted: str | None) -> Backend:
-    refused = []
-    order = _OPS[op] if wanted is None else (wanted, *_OPS[op])
-    for impl in order:
+    if wanted in _OPS[op]:
+        problem = unavailable(op, wanted, device)
+        if problem:
+            raise ValueError(f"KDCMAE_IMPL={wanted}, but {op} cannot use it here: {problem}")
+        return Backend(wanted, f"KDCMAE_IMPL={wanted}")
+    refused: list[str] = []
+    for impl in _OPS[op]:
         problem = unavailable(op, impl, device)
         if problem is None:
-            why = f"KDCMAE_IMPL={wanted}" if impl == wanted else f"fastest available on {device}"
-            return Backend(impl, "; ".join([why, *refused]))
+            return Backend(impl, "; ".join([f"fastest available on {device}", *refused]))
         refused.append(f"not {impl}: {problem}")
-        if impl in _OPS[op] and impl != "cuda":
-            log.info("%s does not use %s: %s", op, impl, problem)
+        if impl == _MEANT_FOR.get(device):
+            log.warning("%s runs without %s: %s", op, impl, problem)
     raise AssertionError("unreachable: torch is always available")
 
 
@@ -127,6 +144,8 @@ def _triton_problem(device: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if device == "cuda":
+        if not torch.cuda.is_available():
+            return "this torch finds no CUDA device"
         major, minor = torch.cuda.get_device_capability()
         return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
     if os.environ.get("TRITON_INTERPRET") == "1":

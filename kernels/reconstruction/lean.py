@@ -35,7 +35,7 @@ def _raw_targets(
     order = [1 + axis for axis in layout.memory_to_target]
     patches = patches.view(-1, *layout.memory_shape).permute(0, *order)
     target = patches.flatten(1).to(plan.dtype)  # bytes are permuted before they are widened
-    if mean is None:
+    if mean is None or std is None:
         return target
     return normalize_pixels(target, mean, std, channel_fastest=True)
 

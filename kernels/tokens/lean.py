@@ -63,7 +63,7 @@ def _visible_patches(
 ) -> Tensor:
     """(K*B*keep, P) in memory order, normalised."""
     patches = gather_patches(pixels, tokens, layout.patch).flatten(0, 2)
-    return patches if mean is None else normalize_pixels(patches, mean, std)
+    return patches if mean is None or std is None else normalize_pixels(patches, mean, std)
 
 
 class EmbedVisiblePatches(torch.autograd.Function):

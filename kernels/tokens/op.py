@@ -1,6 +1,6 @@
 """The public token ops: checks, the choice of implementation, registration."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -208,7 +208,7 @@ def _register() -> None:
         "assemble_decoder_input": "(Tensor x, Tensor mask_token, Tensor pos_embed,"
         " Tensor[] token_of_rank, int[] len_keep, int num_views, bool released) -> Tensor",
     }
-    functions = {
+    functions: dict[str, Callable[..., Tensor]] = {
         "gather_tokens": _gather_tokens,
         "embed_visible_patches": _embed_visible_patches,
         "assemble_decoder_input": _assemble_decoder_input,

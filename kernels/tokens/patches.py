@@ -137,36 +137,30 @@ def gather_patches(pixels: Tensor, tokens: Tensor, patch_size: PatchSize) -> Ten
     Runs of pF (audio) or pW pixels are contiguous, so this is one `index_select` of such runs.
     """
     layout = patch_layout(pixels, patch_size)
-    tokens = tokens.long()
-    batch = torch.arange(pixels.shape[0], device=pixels.device).unsqueeze(1)
-    if layout.audio:
-        steps = ((layout.patch[1], tokens % layout.grid[1]),)
-        column = tokens // layout.grid[1]
-        columns, run = layout.grid[0], layout.patch[0]
-    else:
-        column = tokens % layout.grid[-1]
-        columns, run = layout.grid[-1], layout.patch[-1]
-        steps = ((layout.channels, torch.zeros_like(tokens)), *_coordinates(tokens, layout))
+    *outer, (run, column) = _coordinates(tokens.long(), layout)
     # first: number of the first run of each patch; offsets: its other runs, relative to that one.
-    first, offsets = batch, torch.zeros(1, dtype=torch.int64, device=pixels.device)
-    for size, (extent, coordinate) in zip(pixels.shape[1:-1], steps, strict=True):
+    first = torch.arange(pixels.shape[0], device=pixels.device).unsqueeze(1)
+    offsets = torch.zeros(1, dtype=torch.int64, device=pixels.device)
+    for size, (extent, coordinate) in zip(pixels.shape[1:-1], outer, strict=True):
         first = first * size + coordinate * extent
         within = torch.arange(extent, device=pixels.device)
         offsets = (offsets.unsqueeze(1) * size + within).flatten()
-    first, offsets = first * columns + column, offsets * columns
+    runs_per_line = pixels.shape[-1] // run
+    first, offsets = first * runs_per_line + column, offsets * runs_per_line
     rows = (first.unsqueeze(-1) + offsets).flatten()
     runs = pixels.reshape(pixels.numel() // run, run).index_select(0, rows)
     return runs.view(*tokens.shape, layout.num_values)
 
 
 def _coordinates(tokens: Tensor, layout: PatchLayout) -> list[tuple[int, Tensor]]:
-    """(patch extent, grid coordinate) of every grid axis but the last, slowest first."""
-    rest = tokens // layout.grid[-1]
-    pairs = []
-    for count, extent in zip(layout.grid[-2::-1], layout.patch[-2::-1], strict=True):
-        pairs.insert(0, (extent, rest % count))
-        rest = rest // count
-    return pairs
+    """(patch extent, grid coordinate) of every axis of a sample, in memory order."""
+    pairs: list[tuple[int, Tensor]] = []
+    for count, extent in zip(layout.grid[::-1], layout.patch[::-1], strict=True):
+        pairs.append((extent, tokens % count))
+        tokens = tokens // count
+    if layout.audio:  # tokens count (freq, time), memory (time, freq)
+        return pairs
+    return [(layout.channels, torch.zeros_like(tokens)), *pairs[::-1]]
 
 
 def pixel_statistics(

@@ -46,7 +46,7 @@ def place_rows(values: Tensor, rows: Tensor, zero_rows: Tensor, num_rows: int) -
     Every element is written once and there is nothing to add up, so no atomics and no zero fill
     of the whole.
     """
-    out = values.new_empty(num_rows, values.shape[1])
+    out = torch.empty(num_rows, values.shape[1], dtype=values.dtype, device=values.device)
     return out.index_copy_(0, rows, values).index_fill_(0, zero_rows, 0)
 
 

@@ -62,17 +62,14 @@ def test_many_tokens(grid, triton_device, monkeypatch):
 
 @settings(max_examples=10, deadline=None)
 @given(
-    st.sampled_from(sorted(GRIDS)),
-    st.lists(st.integers(1, 7), min_size=3, max_size=3),
-    st.integers(0, 2**63 - 1),
-    st.integers(0, 2**48 - 1),
+    mode=st.sampled_from(sorted(GRIDS)),
+    axes=st.tuples(*[st.integers(1, 7)] * 3),
+    seed=st.integers(0, 2**63 - 1),
+    sample_id=st.integers(0, 2**48 - 1),
 )
-def test_any_grid(mode, axes, seed, sample_id):
-    from kdcmae_fast.kernels.common import unavailable
-
-    device = "cpu" if unavailable("complementary_masks", "triton", "cpu") is None else "cuda"
-    grid = tuple(axes[: len(GRIDS[mode])])
-    assert_equal(*both(device, torch.tensor([sample_id]), grid, 0.0, mode=mode, seed=seed))
+def test_any_grid(mode, axes, seed, sample_id, triton_device):
+    ids, grid = torch.tensor([sample_id]), axes[: len(GRIDS[mode])]
+    assert_equal(*both(triton_device, ids, grid, 0.0, mode=mode, seed=seed))
 
 
 def test_step_as_a_tensor(triton_device):
@@ -84,9 +81,7 @@ def test_step_as_a_tensor(triton_device):
 
 def test_strided_ids_and_empty_batch(triton_device):
     assert_equal(*both(triton_device, torch.arange(6)[::3], (7, 7)))
-    empty = complementary_masks(
-        torch.arange(0, device=triton_device), (7, 7), 0.75, impl="triton"
-    )
+    empty = complementary_masks(torch.arange(0, device=triton_device), (7, 7), 0.75, impl="triton")
     assert empty.token_of_rank.shape == (0, 49)
 
 

@@ -1,10 +1,12 @@
 """SIGKILL at any moment: the next start goes on from a complete checkpoint, to the same end."""
 
+import contextlib
 import os
 import random
 import signal
 import time
 
+import psutil
 import pytest
 
 from kdcmae_fast.training.checkpoint import SAVING, complete_checkpoints, read_progress
@@ -19,8 +21,11 @@ def newest_step(output) -> int:
     return read_progress(checkpoints[0]).step if checkpoints else 0
 
 
-def kill_once(launch, output, log, rng, *, while_saving, processes) -> bool:
-    """Start, let it get on, SIGKILL every process; False if the run ended before that."""
+def kill_once(launch, output, log, rng, *, while_saving, processes) -> tuple[bool, bool]:
+    """Start, let it get on, SIGKILL every process.
+
+    Returns whether it was still running, and whether a checkpoint was being written.
+    """
     before = newest_step(output)
     run = launch.start(output, *SETTINGS, log=log, processes=processes)
     saving = output / "checkpoints" / SAVING
@@ -35,27 +40,44 @@ def kill_once(launch, output, log, rng, *, while_saving, processes) -> bool:
     else:
         time.sleep(rng.uniform(0, 0.3))
     ended = run.poll() is not None
+    kill_tree(run)
+    return not ended, saving.exists()
+
+
+def kill_tree(run) -> None:
+    """SIGKILL the launcher and everything below it (torchrun gives workers their own session)."""
+    try:
+        tree = psutil.Process(run.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        tree = []
     os.killpg(run.pid, signal.SIGKILL)
+    for process in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     run.wait()
-    return not ended
+    psutil.wait_procs(tree)
 
 
-def killed_run(launch, output, folder, *, kills, processes):
+def killed_run(launch, output, folder, *, kills, processes) -> int:
+    """Kill a run `kills` times, then let it finish; how often a checkpoint was cut short."""
     rng = random.Random(0)
+    cut_short = 0
     for number in range(kills):
         before = newest_step(output)
         log = folder / f"log_{number}"
-        killed = kill_once(
+        killed, was_saving = kill_once(
             launch, output, log, rng, while_saving=number % 2 == 0, processes=processes
         )
         after = newest_step(output)
         text = log.read_text()
         assert after > before, text
         assert before == 0 or f"resumed from {output / 'checkpoints' / f'step_{before}'}" in text
+        cut_short += was_saving
         if not killed:
             assert after == STEPS
             break
     launch.run(output, *SETTINGS, processes=processes)
+    return cut_short
 
 
 @pytest.mark.parametrize(
@@ -63,7 +85,8 @@ def killed_run(launch, output, folder, *, kills, processes):
 )
 def test_killed_runs_resume(launch, losses_of, tmp_path, kills, processes):
     output = tmp_path / "run"
-    killed_run(launch, output, tmp_path, kills=kills, processes=processes)
+    cut_short = killed_run(launch, output, tmp_path, kills=kills, processes=processes)
+    assert cut_short > 0 or kills < 10
     whole = tmp_path / "whole"
     launch.run(whole, f"train.steps={STEPS}", processes=processes)
     assert losses_of(output) == losses_of(whole)

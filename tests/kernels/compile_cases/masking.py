@@ -3,8 +3,8 @@
 import torch
 
 PLAN = {
-    "mask_keys_kernel": {"registers": 128},
-    "rank_keys_kernel": {"registers": 96, "contains": ["LDG.E.128"]},
+    "mask_keys_kernel": {"registers": 64},
+    "rank_keys_kernel": {"registers": 64, "contains": ["LDG.E.128"]},
 }
 NOISE = {"rank_keys_kernel": PLAN["rank_keys_kernel"]}
 
