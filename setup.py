@@ -39,8 +39,8 @@ def cuda_objects(folder: str) -> tuple[list[str], list[str]]:
         objects.append(str(Path(folder, source.stem + ".cu.o")))
         command = [nvcc, "-c", "-O3", "-std=c++17", "-arch=all-major", "-Xcompiler=-fPIC"]
         subprocess.run([*command, str(source), "-o", objects[-1]], check=True)
-    libraries = Path(nvcc).resolve().parents[1] / "lib64"
-    return objects, [f"-L{libraries}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+    toolkit = os.environ.get("CUDA_HOME") or Path(nvcc).resolve().parents[1]
+    return objects, [f"-L{toolkit}/lib64", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
 
 
 def extension():

@@ -14,13 +14,15 @@ class Shape(NamedTuple):
 
     distance: (x, y) -> signed distance to the outline (about; negative inside).
     extent: x0, y0, x1, y1 of its bounding box.
-    pattern: (x, y) -> -1..1, the dark (positive) bands of its surface; x and y in periods.
+    pattern: (x, y) -> -1..1, where its surface is inked (positive); x and y in periods.
+    ink: grey level of the ink, 0 black to 1 white.
     """
 
     name: str
     distance: Callable[[Array, Array], Array]
     extent: tuple[float, float, float, float]
     pattern: Callable[[Array, Array], Array]
+    ink: float
 
 
 def _circle(x: Array, y: Array) -> Array:
@@ -66,17 +68,17 @@ def _wave(turns: Array) -> Array:
 
 
 SHAPES: tuple[Shape, ...] = (
-    Shape("circle", _circle, (-1, -1, 1, 1), lambda x, y: np.minimum(_wave(x), _wave(y))),
-    Shape("square", _square, (-0.85, -0.85, 0.85, 0.85), lambda x, y: _wave(x) * _wave(y)),
-    Shape("triangle", _triangle, (-0.994, -1, 0.994, 0.8), lambda x, y: _wave(y + 0 * x)),
-    Shape("ring", _ring, (-1, -1, 1, 1), lambda x, y: np.maximum(_wave(x), _wave(y))),
-    Shape("cross", _cross, (-1, -1, 1, 1), lambda x, y: _wave(x + 0 * y)),
-    Shape("bar", _bar, (-1, -0.33, 1, 0.33), lambda x, y: _wave(x + y)),
-    Shape("crescent", _crescent, (-1, -1, 0.539, 1), lambda x, y: _wave(x - y)),
-    Shape("hourglass", _hourglass, (-0.875, -1, 0.875, 1), lambda x, y: 0 * (x + y) - 1),
+    Shape("circle", _circle, (-1, -1, 1, 1), lambda x, y: np.minimum(_wave(x), _wave(y)), 1.0),
+    Shape("square", _square, (-0.85, -0.85, 0.85, 0.85), lambda x, y: _wave(x) * _wave(y), 0.0),
+    Shape("triangle", _triangle, (-0.994, -1, 0.994, 0.8), lambda x, y: _wave(y + 0 * x), 1.0),
+    Shape("ring", _ring, (-1, -1, 1, 1), lambda x, y: np.maximum(_wave(x), _wave(y)), 0.0),
+    Shape("cross", _cross, (-1, -1, 1, 1), lambda x, y: _wave(x + 0 * y), 0.0),
+    Shape("bar", _bar, (-1, -0.33, 1, 0.33), lambda x, y: np.maximum(_wave(x), _wave(y)), 1.0),
+    Shape("crescent", _crescent, (-1, -1, 0.539, 1), lambda x, y: _wave(x - y), 0.5),
+    Shape("hourglass", _hourglass, (-0.875, -1, 0.875, 1), lambda x, y: 0 * (x + y) - 1, 0.0),
 )
-PERIODS = 11  # of a pattern, across the picture
-DARKNESS = 0.6  # of its bands, 0 to 1
+PERIODS = 8  # of a pattern, across the picture
+OPACITY = 0.8  # of the ink
 
 
 def draw(
@@ -100,7 +102,7 @@ def draw(
     if patterned:
         scale = np.float32(PERIODS * radius / canvas.shape[1])
         bands = np.clip(0.5 + 2 * shape.pattern(x[None] * scale, y[:, None] * scale), 0, 1)
-        color = color * (1 - DARKNESS * bands[..., None])
+        color = color + OPACITY * bands[..., None] * (np.float32(shape.ink) - color)
     region += cover * (color - region)
 
 

@@ -38,9 +38,9 @@ MAX_HUE = 0.8  # red, yellow, green, blue, violet; red does not come back
 BEND = 0.35  # octaves, pitch at the top of the picture over pitch at its middle
 LEVELS = (-32.0, -2.0)  # dB, at the left and right edge
 TREMOLO_DEPTH = 0.9
-GLOW = 0.8  # strength of the light next to the shape, 0 to 1
+GLOW = (0.2, 1.0)  # strength of the light next to the shape where it is soft and loud
 GLOW_REACH = 3.0  # radii
-NOISE_LEVEL = 1e-3  # hiss under every clip
+NOISE_LEVEL = 0.01  # hiss that goes with every tone, as a share of its peak
 
 _CYCLES = 4  # of the base pitch in a wavetable, so that partials lie at multiples of 1/4
 _TABLE = 16384
@@ -216,7 +216,8 @@ class SyntheticClips:
                 )
             x, y = scene.position(time)
             center = (float(x) * size, float(y) * size)
-            _shine(canvas, center, scene.radius * size, color)
+            glow = GLOW[0] + (GLOW[1] - GLOW[0]) * float(x)
+            _shine(canvas, center, GLOW_REACH * scene.radius * size, glow, color)
             draw(canvas, SHAPES[scene.label], center, scene.radius * size, color, patterned=True)
             np.multiply(canvas, 255, out=picture, casting="unsafe")
         return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
@@ -235,6 +236,7 @@ class SyntheticClips:
         place = (np.cumsum(ramp, dtype=np.float64) + turn * _TABLE).astype(np.int64)
         place &= _TABLE - 1
         sound = _wavetable(scene.label, float(pitch.max())).take(place)
+        sound += np.resize(np.roll(_hiss(), -int(hiss * _NOISE)), self.num_samples)
         sound *= _ramp(scene.level(knots), self.num_samples)
         beat = np.arange(self.num_samples, dtype=np.float32)
         beat *= np.float32(2 * np.pi * scene.tremolo / SAMPLE_RATE)
@@ -242,7 +244,6 @@ class SyntheticClips:
         beat *= TREMOLO_DEPTH / 2
         beat += 1 - TREMOLO_DEPTH / 2
         sound *= beat
-        sound += np.resize(np.roll(_hiss(), -int(hiss * _NOISE)), self.num_samples)
         return sound
 
 
@@ -278,14 +279,14 @@ def _wavetable(label: int, highest_pitch: float) -> NDArray[np.float32]:
 def _shine(
     canvas: NDArray[np.float32],
     center: tuple[float, float],
-    radius: float,
+    reach: float,
+    strength: float,
     color: NDArray[np.float32],
 ) -> None:
-    """Coloured light that the shape throws around itself; it reaches GLOW_REACH radii."""
-    size = len(canvas)
-    x, y = (((np.arange(size) + 0.5 - c) / (GLOW_REACH * radius)) ** 2 for c in center)
-    light = np.exp(-x)[None] * np.exp(-y)[:, None]
-    canvas *= 1 - GLOW * light.astype(np.float32)[..., None] * (1 - color)
+    """Coloured light that the shape throws around itself; `reach` in pixels."""
+    x, y = (((np.arange(len(canvas)) + 0.5 - c) / reach) ** 2 for c in center)
+    light = (np.exp(-x)[None] * np.exp(-y)[:, None]).astype(np.float32)[..., None]
+    canvas *= 1 - strength * light * (1 - color)
 
 
 def _backdrop(rng: np.random.Generator, size: int) -> NDArray[np.float32]:

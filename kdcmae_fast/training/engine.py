@@ -72,7 +72,7 @@ def train(run: Run, stop: StopRequest, *, profile: bool) -> bool:
             trace.step()
             done = step + 1
             saving = done == total or _due(done, run.config.train.checkpoint_every)
-            if not (saving or step == run.first_step or _due(done, run.config.train.log_every)):
+            if not (saving or step == 0 or _due(done, run.config.train.log_every)):
                 continue
 
             # From here on the host waits for the device and the ranks agree on what happened.

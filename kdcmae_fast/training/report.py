@@ -1,47 +1,19 @@
 """What is written beside a run: config.json at the start, metrics.json at the end."""
 
 import json
-import platform
 import statistics
-import subprocess
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from kdcmae_fast import __version__
 from kdcmae_fast.data import BadClip
 from kdcmae_fast.training.checkpoint import write_text
 from kdcmae_fast.training.tracking import LOSSES
 
-PACKAGES = ("torch", "deepspeed", "triton", "numpy", "av", "soundfile")
-
-
-def versions() -> dict[str, str]:
-    """Python, this package, and what matters to its numbers; absent packages are left out."""
-    found = {"python": platform.python_version(), "kdcmae_fast": __version__}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout this package runs from (+ "-dirty"); None outside of one."""
-    checkout = Path(__file__).resolve().parents[2]
-    if _git(checkout, "rev-parse", "--show-toplevel") != str(checkout):
-        return None
-    commit = _git(checkout, "rev-parse", "HEAD")
-    dirty = _git(checkout, "status", "--porcelain", "-uno")
-    return f"{commit}-dirty" if dirty else commit
-
 
 def write_config(output: Path, settings: Mapping[str, Any]) -> None:
     """config.json: resolved settings, versions and commit."""
-    record = {**settings, "versions": versions(), "git_commit": git_commit()}
-    write_text(output / "config.json", json.dumps(record, indent=1))
+    write_text(output / "config.json", json.dumps(settings, indent=1))
 
 
 def write_metrics(output: Path, figures: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -57,8 +29,6 @@ def write_metrics(output: Path, figures: Mapping[str, Any], settings: Mapping[st
         **losses,
         "clips_per_second": statistics.median(rates) if rates else None,
         **settings,
-        "versions": versions(),
-        "git_commit": git_commit(),
     }
     write_text(output / "metrics.json", json.dumps(record, indent=1))
 
@@ -85,13 +55,3 @@ def finished_steps(output: Path) -> int | None:
 
 def _losses(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: record[name] for name in LOSSES if name in record}
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

@@ -8,6 +8,7 @@ from typing import Any
 from kdcmae_fast.config import RunConfig
 from kdcmae_fast.config_file import Settings, settings_of
 from kdcmae_fast.training.checkpoint import Progress, complete_checkpoints
+from kdcmae_fast.training.provenance import git_commit, versions
 from kdcmae_fast.training.schedule import RunLength
 
 # Settings that a resumed run may change: they do not enter the computation, or only its length.
@@ -19,8 +20,13 @@ FREE = (
 
 
 def all_settings(config: RunConfig, deepspeed: Mapping[str, Any]) -> Settings:
-    """What config.json and every checkpoint hold: both sources of truth, resolved."""
-    return {"config": settings_of(config), "deepspeed": dict(deepspeed)}
+    """What config.json and every checkpoint hold: both sources of truth, versions and commit."""
+    return {
+        "config": settings_of(config),
+        "deepspeed": dict(deepspeed),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
 
 
 def saved_settings(output: Path) -> Settings | None:

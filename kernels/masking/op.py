@@ -161,12 +161,13 @@ def _rank_noise_triton(noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _plan_fake(sample_ids: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    shape = (sample_ids.shape[0], math.prod(args[-2]))
-    return tuple(sample_ids.new_empty(shape, dtype=torch.int16) for _ in range(2))
+    plan = sample_ids.new_empty(sample_ids.shape[0], math.prod(args[-2]), dtype=torch.int16)
+    return plan, torch.empty_like(plan)
 
 
 def _rank_noise_fake(noise: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(noise.new_empty(noise.shape, dtype=torch.int16) for _ in range(2))
+    plan = noise.new_empty(noise.shape, dtype=torch.int16)
+    return plan, torch.empty_like(plan)
 
 
 def _register(name: str, schema: str, torch_impl: Any, triton_impl: Any, fake: Any) -> dict:

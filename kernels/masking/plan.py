@@ -41,9 +41,12 @@ class MaskPlan(NamedTuple):
         return self.token_of_rank[:, start : start + self.len_keep].long()
 
     def ids_masked(self, view: int) -> Tensor:
-        """(B, L - len_keep) int64: the tokens view `view` lacks, in rank order from its window on."""
+        """(B, L - len_keep) int64: the tokens view `view` lacks, by rank from its window on."""
         start = self._start(view)
-        after, before = self.token_of_rank[:, start + self.len_keep :], self.token_of_rank[:, :start]
+        after, before = (
+            self.token_of_rank[:, start + self.len_keep :],
+            self.token_of_rank[:, :start],
+        )
         return torch.cat([after, before], dim=1).long()
 
     def ids_restore(self, view: int) -> Tensor:

@@ -26,7 +26,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 class Draw(NamedTuple):
-    """What selects the random numbers besides the sample: 63-bit seed, 32-bit step, 8-bit stream."""
+    """What selects random numbers besides the sample: 63-bit seed, 32-bit step, 8-bit stream."""
 
     seed: int
     step: int | Tensor

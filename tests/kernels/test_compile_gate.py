@@ -2,8 +2,8 @@
 
 No GPU needed. compile_cases/<family>.py holds CASES: name -> (launch, expectations), where
 `launch()` calls the family's launcher with meta tensors and the expectations are, per kernel:
-`registers`, the most per thread; `contains`, instructions that must occur on every architecture;
-`contains_90` and so on, on one. Stack use and spills are never accepted.
+`registers`, the most per thread, and `contains`, instructions that must occur. Stack use and spills
+are never accepted.
 """
 
 import ast
@@ -54,7 +54,7 @@ def test_machine_code(arch, case, tmp_path_factory):
         expected = expectations[row["kernel"]]
         assert row["registers"] <= expected["registers"], row
         assert row["stack"] == row["spills"] == 0, row
-        for name in expected.get("contains", []) + expected.get(f"contains_{arch}", []):
+        for name in expected.get("contains", []):
             assert name in row["instructions"], f"no {name} in {row}"
 
 

@@ -280,7 +280,7 @@ def test_pairs_are_kept_together_as_often_as_chance():
     plan = complementary_masks(torch.arange(batch), (12,), 1 - keep / tokens, seed=2)
     for view in range(2):
         kept = 1 - plan.mask(view).double()
-        together = (kept.T @ kept)[*torch.triu_indices(tokens, tokens, 1)]
+        together = (kept.T @ kept)[tuple(torch.triu_indices(tokens, tokens, 1))]
         chance = batch * keep * (keep - 1) / (tokens * (tokens - 1))
         z = (together - chance) / math.sqrt(chance * (1 - chance / batch))
         assert z.abs().max() < 4.5
