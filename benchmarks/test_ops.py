@@ -128,9 +128,7 @@ def test_masked_reconstruction_loss(impl, audio, device, measure):
         return published.masked_reconstruction_loss(pred, images, audio.views, 16)
 
     def ours():
-        return kernels.masked_reconstruction_loss(
-            pred, fbank, audio.plan, patch_size=16, impl=impl
-        )
+        return kernels.masked_reconstruction_loss(pred, fbank, audio.plan, patch_size=16, impl=impl)
 
     forward = published_way if impl == "published" else ours
     group = f"masked_reconstruction_loss B={audio.batch} L={audio.tokens}"

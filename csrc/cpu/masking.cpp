@@ -180,7 +180,9 @@ std::tuple<at::Tensor, at::Tensor> mask_plan(
   const int64_t* id = ids.const_data_ptr<int64_t>();
   int16_t* orders = token_of_rank.mutable_data_ptr<int16_t>();
   int16_t* ranks = rank_of_token.mutable_data_ptr<int16_t>();
-  at::parallel_for(0, batch, std::max<int64_t>(1, 4096 / tokens), [&](int64_t begin, int64_t end) {
+  // About 0.1 ms of work per thread: waking a busy core costs more than that.
+  const int64_t samples = std::max<int64_t>(1, 32768 / tokens);
+  at::parallel_for(0, batch, samples, [&](int64_t begin, int64_t end) {
     Scratch s(tokens);
     for (int64_t b = begin; b < end; ++b) {
       const uint64_t sample = uint64_t(id[b]);
@@ -205,8 +207,8 @@ std::tuple<at::Tensor, at::Tensor> rank_noise(const at::Tensor& noise) {
   const double* key = keys.const_data_ptr<double>();
   int16_t* orders = token_of_rank.mutable_data_ptr<int16_t>();
   int16_t* ranks = rank_of_token.mutable_data_ptr<int16_t>();
-  at::parallel_for(0, batch, std::max<int64_t>(1, 1024 / std::max<int64_t>(tokens, 1)),
-                   [&](int64_t begin, int64_t end) {
+  const int64_t samples = std::max<int64_t>(1, 4096 / std::max<int64_t>(tokens, 1));
+  at::parallel_for(0, batch, samples, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const double* row = key + b * tokens;
       int16_t* order = orders + b * tokens;

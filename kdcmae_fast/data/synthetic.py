@@ -1,10 +1,11 @@
 """Synthetic clips: a moving, coloured shape and the sound it makes, with the truth known.
 
-The shape's kind (the class) fixes the sound's timbre, its size the base pitch (small is high), its
-hue the tremolo rate (red 2 Hz to violet 16 Hz), its height in the picture bends the pitch (by up to
-a third of an octave) and its horizontal place sets the level (right is loud). It throws coloured
-light around itself; grey shapes on the cluttered background are silent. Sound and picture are
-functions of (seed, clip number) and of time.
+The shape's kind (the class, with its surface pattern) fixes the sound's timbre, its size the base
+pitch (small is high), its hue the tremolo rate (red 2 Hz to violet 16 Hz), its height in the
+picture bends the pitch (by up to a third of an octave) and its horizontal place sets the level
+(right is loud). It throws coloured light around itself, strong light where it is loud. Grey, plain
+shapes on the cluttered background are silent. Sound and picture are functions of (seed, clip
+number) and of time; tremolo begins with a crest.
 """
 
 import colorsys
@@ -40,11 +41,10 @@ LEVELS = (-32.0, -2.0)  # dB, at the left and right edge
 TREMOLO_DEPTH = 0.9
 GLOW = (0.2, 1.0)  # strength of the light next to the shape where it is soft and loud
 GLOW_REACH = 3.0  # radii
-NOISE_LEVEL = 0.01  # hiss that goes with every tone, as a share of its peak
+HUM = 0.02  # steady noise that goes with every tone, as a share of its peak
 
 _CYCLES = 4  # of the base pitch in a wavetable, so that partials lie at multiples of 1/4
 _TABLE = 16384
-_NOISE = 2**17  # samples of hiss, of which each clip takes a piece
 
 # Partials of each class: (multiple of the pitch, amplitude), in the order of SHAPES.
 _PARTIALS: tuple[tuple[tuple[float, float], ...], ...] = (
@@ -230,13 +230,13 @@ class SyntheticClips:
     def _sound(self, scene: Scene, index: int) -> NDArray[np.float32]:
         """Wavetable synthesis: pitch and level are set every 10 ms and run straight between."""
         knots = np.arange(0, self.num_samples + FRAME_SHIFT, FRAME_SHIFT) / SAMPLE_RATE
-        turn, hiss = keyed_rng(self.seed, SCENE_STREAM, self._number(index), 2).random(2)
+        turn = keyed_rng(self.seed, SCENE_STREAM, self._number(index), 2).random()
         pitch = scene.pitch(knots)
         ramp = _ramp(pitch * (_TABLE / _CYCLES / SAMPLE_RATE), self.num_samples)
         place = (np.cumsum(ramp, dtype=np.float64) + turn * _TABLE).astype(np.int64)
         place &= _TABLE - 1
         sound = _wavetable(scene.label, float(pitch.max())).take(place)
-        sound += np.resize(np.roll(_hiss(), -int(hiss * _NOISE)), self.num_samples)
+        sound += np.resize(_hum(), self.num_samples)
         sound *= _ramp(scene.level(knots), self.num_samples)
         beat = np.arange(self.num_samples, dtype=np.float32)
         beat *= np.float32(2 * np.pi * scene.tremolo / SAMPLE_RATE)
@@ -256,10 +256,12 @@ def _ramp(knots: NDArray[np.float64], num_samples: int) -> NDArray[np.float32]:
 
 
 @functools.lru_cache(maxsize=1)
-def _hiss() -> NDArray[np.float32]:
+def _hum() -> NDArray[np.float32]:
+    """One 10 ms period of noise: repeated, its filterbank is the same in every row, so tremolo and
+    level show in all bins."""
     noise: NDArray[np.float32]
-    noise = keyed_rng(0, SCENE_STREAM).standard_normal(_NOISE, dtype=np.float32)
-    noise *= NOISE_LEVEL
+    noise = keyed_rng(0, SCENE_STREAM).standard_normal(FRAME_SHIFT, dtype=np.float32)
+    noise *= HUM
     return noise
 
 

@@ -136,9 +136,9 @@ def reference(launch, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def two_process_reference(launch, tmp_path_factory) -> Path:
-    """An uninterrupted fp32 run of six steps on two processes."""
+    """An uninterrupted fp32 run of six steps at a constant rate on two processes."""
     output = tmp_path_factory.mktemp("two") / "run"
-    launch.run(output, processes=2, fp32=True)
+    launch.run(output, "optim.schedule=constant", "optim.warmup=0", processes=2, fp32=True)
     return output
 
 

@@ -11,9 +11,10 @@ import pytest
 
 from kdcmae_fast.training.checkpoint import SAVING, complete_checkpoints, read_progress
 
-STEPS = 40
-# A checkpoint at every step: most of the time goes into writing them.
-SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every=1", "--resume")
+
+def settings_for(steps: int) -> tuple[str, ...]:
+    """A checkpoint at every step: most of the time goes into writing them."""
+    return (f"train.steps={steps}", "train.checkpoint_every=1", "--resume")
 
 
 def newest_step(output) -> int:
@@ -21,13 +22,13 @@ def newest_step(output) -> int:
     return read_progress(checkpoints[0]).step if checkpoints else 0
 
 
-def kill_once(launch, output, log, rng, *, while_saving, processes) -> tuple[bool, bool]:
+def kill_once(launch, output, log, rng, *, while_saving, processes, steps) -> tuple[bool, bool]:
     """Start, let it get on, SIGKILL every process.
 
     Returns whether it was still running, and whether a checkpoint was being written.
     """
     before = newest_step(output)
-    run = launch.start(output, *SETTINGS, log=log, processes=processes)
+    run = launch.start(output, *settings_for(steps), log=log, processes=processes)
     saving = output / "checkpoints" / SAVING
     deadline = time.monotonic() + 120
     while run.poll() is None and newest_step(output) <= before:
@@ -58,7 +59,7 @@ def kill_tree(run) -> None:
     psutil.wait_procs(tree)
 
 
-def killed_run(launch, output, folder, *, kills, processes) -> int:
+def killed_run(launch, output, folder, *, kills, processes, steps) -> int:
     """Kill a run `kills` times, then let it finish; how often a checkpoint was cut short."""
     rng = random.Random(0)
     cut_short = 0
@@ -66,7 +67,13 @@ def killed_run(launch, output, folder, *, kills, processes) -> int:
         before = newest_step(output)
         log = folder / f"log_{number}"
         killed, was_saving = kill_once(
-            launch, output, log, rng, while_saving=number % 2 == 0, processes=processes
+            launch,
+            output,
+            log,
+            rng,
+            while_saving=number % 2 == 0,
+            processes=processes,
+            steps=steps,
         )
         after = newest_step(output)
         text = log.read_text()
@@ -74,24 +81,24 @@ def killed_run(launch, output, folder, *, kills, processes) -> int:
         assert before == 0 or f"resumed from {output / 'checkpoints' / f'step_{before}'}" in text
         cut_short += was_saving
         if not killed:
-            assert after == STEPS
+            assert after == steps
             break
-    launch.run(output, *SETTINGS, processes=processes)
+    launch.run(output, *settings_for(steps), processes=processes)
     return cut_short
 
 
 @pytest.mark.parametrize(
-    ("kills", "processes"), [(2, 1), pytest.param(10, 2, marks=pytest.mark.slow)]
+    ("kills", "processes", "steps"), [(2, 1, 10), pytest.param(10, 2, 40, marks=pytest.mark.slow)]
 )
-def test_killed_runs_resume(launch, losses_of, tmp_path, kills, processes):
+def test_killed_runs_resume(launch, losses_of, tmp_path, kills, processes, steps):
     output = tmp_path / "run"
-    cut_short = killed_run(launch, output, tmp_path, kills=kills, processes=processes)
+    cut_short = killed_run(launch, output, tmp_path, kills=kills, processes=processes, steps=steps)
     assert cut_short > 0 or kills < 10
     whole = tmp_path / "whole"
-    launch.run(whole, f"train.steps={STEPS}", processes=processes)
+    launch.run(whole, f"train.steps={steps}", processes=processes)
     assert losses_of(output) == losses_of(whole)
     left = {path.name for path in (output / "checkpoints").glob("*step*")}
-    assert left == {f"step_{STEPS}", f"step_{STEPS - 1}"}
+    assert left == {f"step_{steps}", f"step_{steps - 1}"}
 
 
 def test_damaged_checkpoint_is_passed_over(launch, reference, losses_of, tmp_path, caplog):

@@ -10,14 +10,13 @@ import psutil
 import pytest
 
 
+CONSTANT = ("optim.schedule=constant", "optim.warmup=0")  # does not know the run's length
+
+
 def test_two_processes_equal_one(launch, two_process_reference, assert_close, tmp_path):
     """1 x 8 clips and 2 x 4, fp32: same clips, same masks, InfoNCE over the global batch."""
-    launch.run(tmp_path / "one", fp32=True)
+    launch.run(tmp_path / "one", *CONSTANT, fp32=True)
     assert_close(tmp_path / "one", two_process_reference, 1e-5)
-
-
-def continue_on(launch, output, processes, zero, *settings):
-    return launch.run(output, "--resume", *settings, processes=processes, zero=zero, fp32=True)
 
 
 @pytest.mark.parametrize(
@@ -26,12 +25,10 @@ def continue_on(launch, output, processes, zero, *settings):
 def test_two_to_one_and_back(launch, two_process_reference, assert_close, tmp_path, zero):
     """Stopped after 2 and 4 of 6 steps; every leg is converted for its number of processes."""
     output = tmp_path / "run"
-    short = ("optim.schedule=constant", "optim.warmup=0")
-    uninterrupted = tmp_path / "whole"
-    launch.run(uninterrupted, *short, fp32=True)
     for steps, processes in ((2, 2), (4, 1), (6, 2)):
-        continue_on(launch, output, processes, zero, *short, f"train.steps={steps}")
-    assert_close(output, uninterrupted, 1e-5)
+        settings = ("--resume", *CONSTANT, f"train.steps={steps}")
+        launch.run(output, *settings, processes=processes, zero=zero, fp32=True)
+    assert_close(output, two_process_reference, 1e-5)
 
 
 def test_deepspeed_launcher(launch, reference, assert_close, tmp_path):
