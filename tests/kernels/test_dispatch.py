@@ -65,3 +65,9 @@ def test_environment_variable_that_cannot_run_is_an_error(monkeypatch):
     monkeypatch.setattr(dispatch, "_extension_problem", lambda: "kdcmae_fast._C is not built")
     with pytest.raises(ValueError, match="KDCMAE_IMPL=cpp, but complementary_masks cannot"):
         kernels.complementary_masks(torch.arange(2), (8, 8), 0.75)
+
+
+def test_auto_never_takes_the_triton_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(dispatch, "_extension_problem", lambda: "kdcmae_fast._C is not built")
+    assert kernels.backends("cpu")["complementary_masks"].impl == "torch"

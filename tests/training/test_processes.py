@@ -9,7 +9,6 @@ import time
 import psutil
 import pytest
 
-
 CONSTANT = ("optim.schedule=constant", "optim.warmup=0")  # does not know the run's length
 
 
