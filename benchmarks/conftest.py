@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cpuinfo import get_cpu_info
 from torch import Tensor
 
 ROWS: list[dict] = []
@@ -117,9 +118,10 @@ def environment() -> dict[str, str | int]:
         ["git", "rev-parse", "--short", "HEAD"],
         capture_output=True, text=True, cwd=Path(__file__).parent,
     ).stdout.strip()  # fmt: skip
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    on_cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_cuda else get_cpu_info()["brand_raw"]
     return {"commit": sha, "torch": torch.__version__, "python": platform.python_version(),
-            "device": where or platform.machine(), "threads": torch.get_num_threads()}  # fmt: skip
+            "device": device, "threads": torch.get_num_threads()}  # fmt: skip
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -63,7 +63,7 @@ def assemble_decoder_input(
 def masked_reconstruction_loss(
     pred: Tensor, images: Tensor, views: list[PublishedMasks], patch_size: int
 ) -> Tensor:
-    """pred (K*B, L, P), images (B, C, H, W) -> mean over views; errors of all patches, then masked."""
+    """pred (K*B, L, P), images (B, C, H, W) -> (); errors of all patches, then masked."""
     batch, channels, height, width = images.shape
     rows, cols = height // patch_size, width // patch_size
     grid = images.reshape(batch, channels, rows, patch_size, cols, patch_size)

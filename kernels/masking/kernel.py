@@ -123,11 +123,13 @@ def _classes(t, MODE: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr,
 
 
 # Seeds and steps that happen to be 1 or divisible by 16 must not compile another variant.
-@triton.jit(do_not_specialize=["seed", "step", "stream"])
+# The seed comes in signed halves: the interpreter goes by an argument's value, not by its annotation,
+# and shifts one between 2^31 and 2^32 as a 32-bit number.
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "stream"])
 def mask_keys_kernel(
     sample_ids_ptr, step_ptr, keys_ptr, stride_ids,
-    seed: tl.int64, step: tl.int64, stream: tl.int64, L: tl.constexpr, MODE: tl.constexpr,
-    G1: tl.constexpr, G2: tl.constexpr,
+    seed_low: tl.int32, seed_high: tl.int32, step: tl.int64, stream: tl.int64,
+    L: tl.constexpr, MODE: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr,
     S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
     HAS_STEP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -139,8 +141,7 @@ def mask_keys_kernel(
     now = tl.cast(step, tl.int64)
     if HAS_STEP:
         now += tl.load(step_ptr)
-    wide_seed = tl.cast(seed, tl.int64)
-    k0, k1 = wide_seed.to(tl.uint32), (wide_seed >> 32).to(tl.uint32)
+    k0, k1 = tl.cast(seed_low, tl.uint32), tl.cast(seed_high, tl.uint32)
     c1, c2 = sample_id.to(tl.uint32), now.to(tl.uint32)
     c3 = (((sample_id >> 32) & 0xFFFF) << 16 | MODE << 8 | tl.cast(stream, tl.int64)).to(tl.uint32)
     t = (program % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -192,7 +193,8 @@ def mask_plan(
     keys = sample_ids.new_empty(sample_ids.shape[0], num_tokens)
     with torch.cuda.device_of(keys):
         mask_keys_kernel[_programs(keys)](
-            sample_ids, step_tensor, keys, sample_ids.stride(0), seed, step, stream,
+            sample_ids, step_tensor, keys, sample_ids.stride(0),
+            _signed(seed & reference.WORD), _signed(seed >> 32), step, stream,
             num_tokens, mode, rows, columns, *(sizes + [0] * 4)[:4], step_tensor is not None,
             BLOCK_T, BLOCK_S, num_warps=NUM_WARPS,
         )  # fmt: skip
@@ -216,6 +218,11 @@ def _rank(keys: Tensor, unique: bool) -> tuple[Tensor, Tensor]:
             num_warps=NUM_WARPS,
         )  # fmt: skip
     return token_of_rank, rank_of_token
+
+
+def _signed(word: int) -> int:
+    """A 32-bit word as the int32 of the same bits."""
+    return word - (word >> 31 << 32)
 
 
 def _programs(keys: Tensor) -> tuple[int]:
