@@ -35,7 +35,8 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(CPP)
 
 demo: install  ## pretrain KDC-MAE on synthetic clips, then retrieval, loss plot, reconstructions
 	rm -rf $(DEMO)
-	$(RUN) deepspeed kdcmae_fast/pretrain.py --ds_config configs/zero2.json --output $(DEMO)
+	$(RUN) deepspeed --log_level error kdcmae_fast/pretrain.py --ds_config configs/zero2.json \
+		--output $(DEMO)
 	$(RUN) kdcmae retrieve --checkpoint $(DEMO)/model --num-clips 100 --output $(DEMO)/retrieval
 	$(RUN) kdcmae reconstruct --checkpoint $(DEMO)/model --output $(DEMO)/reconstructions
 	@echo "Look at: $(DEMO)/loss.png  $(DEMO)/reconstructions/  $(DEMO)/retrieval/metrics.json"
@@ -56,7 +57,7 @@ typecheck: install  ## mypy on the package and, apart from it, on the ops
 
 smoke: install  ## a short DeepSpeed run on two processes
 	rm -rf runs/smoke
-	$(RUN) deepspeed --num_gpus 2 kdcmae_fast/pretrain.py --ds_config configs/zero2.json \
+	$(RUN) deepspeed --log_level error --num_gpus 2 kdcmae_fast/pretrain.py --ds_config configs/zero2.json \
 		--output runs/smoke train.steps=4 train.log_every=1 train.checkpoint_every=2 \
 		ds.train_micro_batch_size_per_gpu=4 data.num_workers=0
 

@@ -10,23 +10,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import kdcmae_fast
+from kdcmae_fast.messages import Parser, report_error
 
 DESCRIPTION = "Audio-visual masked autoencoders: pretrain, evaluate, convert."
 EPILOG = "`kdcmae COMMAND --help` tells a command's options, units and defaults."
-
-
-class _UsageError(Exception):
-    """Arguments that do not parse."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports mistakes as one line, like every other error of the command."""
-
-    def error(self, message: str) -> NoReturn:
-        raise _UsageError(f"{message} (see {self.prog} --help)")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -38,30 +28,33 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code, 0 only on success."""
+    """Run the command; returns its exit code, 0 only on success.
+
+    arguments: those of this process if None; after `pretrain` it then ends at once, as the script
+    does (`training.distributed.leave`), instead of returning.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
-        return _run(given)
-    except KeyboardInterrupt:
-        print("kdcmae: interrupted", file=sys.stderr)
-        return 130
+        code = _run(given)
     except BrokenPipeError:
         # Whoever read our output has gone, as in `kdcmae settings | head`; keep the interpreter
         # from complaining when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:
-        if debug:
-            raise
-        print(f"kdcmae: error: {_one_line(error)}", file=sys.stderr)
-        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        return report_error(error, debug=debug)
+    if arguments is None and _command(sys.argv[1:]) == "pretrain":
+        from kdcmae_fast.training.distributed import leave
+
+        leave(code)
+    return code
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser of one command, or the one that lists them; imports nothing that they need."""
     if command is None:
-        parser = _Parser(prog="kdcmae", description=DESCRIPTION, epilog=EPILOG)
+        parser = Parser(prog="kdcmae", description=DESCRIPTION, epilog=EPILOG)
         version = f"kdcmae {kdcmae_fast.__version__}"
         parser.add_argument("--version", action="version", version=version)
         listed = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -69,7 +62,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
             listed.add_parser(name, help=entry.summary)
     else:
         entry = COMMANDS[command]
-        parser = _Parser(
+        parser = Parser(
             prog=f"kdcmae {command}",
             description=f"{entry.summary[0].upper()}{entry.summary[1:]}.",
             formatter_class=_Help,
@@ -80,7 +73,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 
 def _run(arguments: list[str]) -> int:
-    command = next((word for word in arguments if word != "--debug"), None)
+    command = _command(arguments)
     if command not in COMMANDS:
         build_parser().parse_args(arguments)
         raise AssertionError("unreachable: the parser knows no other command")
@@ -94,14 +87,8 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _one_line(error: Exception) -> str:
-    """The error as one line; its type too when it is not one that people are meant to meet."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        text = f"{error.filename}: {error.strerror}"
-    if isinstance(error, KeyError | AttributeError | TypeError | IndexError | AssertionError):
-        return f"{type(error).__name__}: {text} (this is a bug; --debug shows where)"
-    return text
+def _command(arguments: Sequence[str]) -> str | None:
+    return next((word for word in arguments if word != "--debug"), None)
 
 
 def _add_source(parser: argparse.ArgumentParser, default_clips: str) -> None:

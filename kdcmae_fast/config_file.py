@@ -56,20 +56,23 @@ _EXPECTED = {
 }
 
 
-def load_config(recipe: str | Path | Mapping[str, Any], arguments: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    recipe: str | Path | Mapping[str, Any], arguments: Sequence[str] = (), *, origin: str = "recipe"
+) -> RunConfig:
     """Read a run's settings.
 
     Args:
         recipe: a YAML file, or the mapping it would hold.
         arguments: `section.key=value`, each on top of the recipe; values are YAML, except for
             settings that are text, which are taken as they stand.
+        origin: where a mapping came from, for errors.
 
     Raises:
         ValueError: an unknown key, a wrong type or an impossible value, with where it came from.
         FileNotFoundError: no such recipe.
     """
     if isinstance(recipe, Mapping):
-        origin, settings = "recipe", merge({}, recipe, exclusive=False)
+        settings = merge({}, recipe, exclusive=False)
     else:
         origin, settings = str(recipe), read_yaml(recipe)
     origins = dict.fromkeys(_dotted_keys(settings), origin)

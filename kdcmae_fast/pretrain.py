@@ -17,7 +17,6 @@ import argparse
 import logging
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,13 +25,31 @@ from pathlib import Path
 _here = Path(__file__).resolve().parent
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _here]
 
-from kdcmae_fast.training.command import one_line, run_pretraining
+from kdcmae_fast.messages import Parser, report_error
+from kdcmae_fast.training.command import run_pretraining
 from kdcmae_fast.training.distributed import leave
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    on_main = os.environ.get("RANK", "0") == "0"
+    level = logging.INFO if on_main else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    # DeepSpeed calls collectives by names that torch is about to retire.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    try:
+        options = _parser().parse_intermixed_args(given)
+        if options.local_rank >= 0:
+            os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+        run_pretraining(options)
+    except (Exception, KeyboardInterrupt) as error:
+        return report_error(error, debug="--debug" in given)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
         prog="pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -46,23 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--profile", action="store_true", help="write a torch profiler trace of steps 4 to 6")
     add("--debug", action="store_true", help="show the traceback of an error")
     add("--local_rank", type=int, default=-1, help="set by the launcher")
-    options = parser.parse_intermixed_args(arguments)
-
-    rank = "" if os.environ.get("RANK", "0") == "0" else f" on rank {os.environ['RANK']}"
-    level = logging.ERROR if rank else logging.INFO
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    # DeepSpeed calls collectives by names that torch is about to retire.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    if options.local_rank >= 0:
-        os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    try:
-        run_pretraining(options)
-    except Exception as error:
-        if options.debug:
-            traceback.print_exc()
-        print(f"error{rank}: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+    return parser
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def test_help_states_defaults(kdcmae):
 def test_mistakes_are_one_line_and_exit_1(kdcmae, arguments, message):
     code, out, err = kdcmae(*arguments)
     assert (code, out) == (1, "")
-    assert err.startswith("kdcmae: error: ")
+    assert err.startswith("error: ")
     assert message in err
     assert err.count("\n") == 1
 
@@ -102,7 +102,7 @@ def test_settings_in_the_wrong_place_are_named(kdcmae, model_folder):
 
 def test_a_file_that_is_not_there_is_named_first(kdcmae, model_folder):
     code, _, err = kdcmae("retrieve", "--checkpoint", model_folder, "--recipe", "no.yaml")
-    assert (code, err) == (1, "kdcmae: error: no.yaml: No such file or directory\n")
+    assert (code, err) == (1, "error: no.yaml: No such file or directory\n")
 
 
 def test_debug_shows_the_traceback():
@@ -115,12 +115,12 @@ def test_debug_shows_the_traceback():
     assert "Traceback" not in done.stderr
 
 
-def test_a_bug_is_told_from_a_mistake(kdcmae, monkeypatch):
+def test_an_unexpected_error_tells_its_type(kdcmae, monkeypatch):
     def broken(*_):
         raise KeyError("total")
 
     monkeypatch.setattr("kdcmae_fast.config_help.settings_help", broken)
-    assert "KeyError: 'total' (this is a bug; --debug shows where)" in kdcmae("settings")[2]
+    assert "KeyError: 'total' (--debug shows where)" in kdcmae("settings")[2]
 
 
 def test_retrieve(kdcmae, model_folder, tmp_path):
@@ -195,3 +195,17 @@ def test_pretrain_hands_its_arguments_on(kdcmae, monkeypatch):
     monkeypatch.setattr(pretrain, "main", lambda arguments: seen.append(arguments) or 3)
     assert kdcmae("pretrain", "--resume", "train.steps=1", "--debug")[0] == 3
     assert seen == [["--resume", "train.steps=1", "--debug"]]
+
+
+def test_only_the_process_s_own_pretraining_leaves_at_once(kdcmae, monkeypatch):
+    """As the script does; a call from Python, and other commands, return."""
+    pretrain = pytest.importorskip("kdcmae_fast.pretrain")
+    left = []
+    monkeypatch.setattr(pretrain, "main", lambda arguments: 0)
+    monkeypatch.setattr("kdcmae_fast.training.distributed.leave", left.append)
+    kdcmae("pretrain")
+    monkeypatch.setattr(sys, "argv", ["kdcmae", "settings", "name"])
+    assert (main(), left) == (0, [])
+    monkeypatch.setattr(sys, "argv", ["kdcmae", "pretrain", "--resume"])
+    main()
+    assert left == [0]

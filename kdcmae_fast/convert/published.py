@@ -86,12 +86,17 @@ def init_model(model: Model, path: str | os.PathLike[str]) -> None:
     trunk. What only the model has (a new head, uncertainty weights) keeps its initial values.
     """
     folder = Path(path).is_dir()
-    state = published_state(from_pretrained(path)) if folder else read_tensors(path)
+    state = _live_state(from_pretrained(path)) if folder else read_tensors(path)
     _fill(model, state, str(path))
 
 
 def published_state(model: Model) -> dict[str, Tensor]:
     """The model's weights under the published names, dead norms included."""
+    live = _live_state(model)
+    return live | dead_norms(live)
+
+
+def _live_state(model: Model) -> dict[str, Tensor]:
     live, dropped = {}, []
     for key, tensor in model.state_dict().items():
         name = published_key(key)
@@ -101,7 +106,7 @@ def published_state(model: Model) -> dict[str, Tensor]:
             live[name] = tensor
     if dropped:
         log.warning("not in the published layout, left out: %s", ", ".join(dropped))
-    return live | dead_norms(live)
+    return live
 
 
 def export_published(model: Model, path: str | os.PathLike[str]) -> None:

@@ -79,19 +79,19 @@ def read_label_csv(path: str) -> dict[str, int]:
             missing = {"index", "mid", "display_name"} - set(table.fieldnames or ())
             if missing:
                 raise ValueError(
-                    f"label_csv={path}: no column {', '.join(sorted(missing))}; "
+                    f"data.label_csv={path}: no column {', '.join(sorted(missing))}; "
                     f"the header must be index,mid,display_name"
                 )
             rows = list(table)
     except OSError as error:
-        raise ValueError(f"label_csv={path}: {error.strerror}") from error
+        raise ValueError(f"data.label_csv={path}: {error.strerror}") from error
     classes: dict[str, int] = {}
     for line, row in enumerate(rows, 2):
         number = (row["index"] or "").strip()
         if not number.isdecimal() or not row["mid"] or row["mid"] in classes:
             raise ValueError(
-                f"label_csv={path}, line {line}: need a whole number and a mid not used before, "
-                f"got index={row['index']!r}, mid={row['mid']!r}"
+                f"data.label_csv={path}, line {line}: need a whole number and a mid not used "
+                f"before, got index={row['index']!r}, mid={row['mid']!r}"
             )
         classes[row["mid"]] = int(number)
     return classes

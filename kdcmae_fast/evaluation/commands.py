@@ -19,6 +19,7 @@ from kdcmae_fast.evaluation.features import extract_features, read_clips
 from kdcmae_fast.evaluation.figure import require_matplotlib
 from kdcmae_fast.evaluation.pictures import draw_clip, reconstruct_batch
 from kdcmae_fast.evaluation.retrieval import Ties, retrieval_scores
+from kdcmae_fast.messages import require_folder
 from kdcmae_fast.models import from_pretrained
 from kdcmae_fast.models.cav_mae import CavMae
 
@@ -53,6 +54,8 @@ def retrieve(
 
     output: folder for metrics.json (None: writes nothing). Returns what metrics.json holds.
     """
+    if output is not None:
+        require_folder(output)
     model, dataset, data, described = _open(source)
     features = extract_features(
         model,
@@ -95,6 +98,7 @@ def reconstruct(source: EvaluationSource, output: str | Path) -> dict[str, Any]:
     holds.
     """
     require_matplotlib("the reconstruction pictures")
+    require_folder(output)
     model, dataset, data, described = _open(source)
     wanted = min(8, len(dataset)) if source.num_clips is None else source.num_clips
     front_end = FrontEnd(data, model.config)
@@ -189,7 +193,7 @@ def data_settings(
                 "(the model's own settings come with the checkpoint)"
             )
     # `steps` only because a run's settings must name a length.
-    config = load_config({**groups, "train": {"steps": 1, **seed}}, overrides)
+    config = load_config({**groups, "train": {"steps": 1, **seed}}, overrides, origin=origin)
     return config.data, config.train.seed, origin
 
 

@@ -4,7 +4,6 @@ One PNG per clip, frame left and spectrogram right: the original, each view's vi
 each view's reconstruction (visible patches as they are, predictions in the masked ones).
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +18,7 @@ from kdcmae_fast.evaluation.figure import (
     require_matplotlib,
     save_figure,
 )
+from kdcmae_fast.kernels.tokens import patchify, unpatchify
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,22 +50,6 @@ class Views(NamedTuple):
     error: Tensor
 
 
-def to_patches(x: Tensor, patch_size: int) -> Tensor:
-    """(B, C, H, W) -> (B, L, p * p * C), patches row by row, values (row, column, channel)."""
-    batch, channels, height, width = x.shape
-    p = patch_size
-    x = x.reshape(batch, channels, height // p, p, width // p, p)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, p * p * channels)
-
-
-def from_patches(patches: Tensor, patch_size: int, shape: Sequence[int]) -> Tensor:
-    """(B, L, p * p * C) -> (B, C, H, W), the inverse of `to_patches`; shape: (C, H, W)."""
-    channels, height, width = shape
-    p = patch_size
-    x = patches.reshape(-1, height // p, width // p, p, p, channels)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, height, width)
-
-
 def reconstruct_views(
     original: Tensor, predicted: Tensor, plan: "MaskPlan", *, patch_size: int, norm_pix: bool
 ) -> Views:
@@ -78,7 +62,7 @@ def reconstruct_views(
     """
     num_views = predicted.shape[0] // original.shape[0]
     shape = (num_views, *original.shape)
-    target = to_patches(original, patch_size).repeat(num_views, 1, 1)
+    target = patchify(original, patch_size).repeat(num_views, 1, 1)
     index = torch.cat([plan.ids_masked(view) for view in range(plan.num_views)])
     index = index.unsqueeze(-1).expand(-1, -1, target.shape[-1])
     guess, removed = predicted.to(target.dtype).gather(1, index), target.gather(1, index)
@@ -91,8 +75,8 @@ def reconstruct_views(
     filled = target.scatter(1, index, guess * std + mean)
     return Views(
         original,
-        from_patches(hidden, patch_size, original.shape[1:]).reshape(shape),
-        from_patches(filled, patch_size, original.shape[1:]).reshape(shape),
+        unpatchify(hidden, original.shape[1:], patch_size).reshape(shape),
+        unpatchify(filled, original.shape[1:], patch_size).reshape(shape),
         error.reshape(num_views, -1),
     )
 

@@ -39,16 +39,25 @@ class Attention(nn.Module):
         """(R, D) packed rows; one projection for all, attention inside each sequence only."""
         qkv = self.qkv(x).split([s.rows * s.length for s in segments])
         parts = [
-            self._attend(part.view(s.rows, s.length, -1)).flatten(0, 1)
+            self._attend(part.view(s.rows, s.length, part.shape[1])).flatten(0, 1)
             for part, s in zip(qkv, segments, strict=True)
         ]
         return self.proj(torch.cat(parts))
 
     def _attend(self, qkv: Tensor) -> Tensor:
         n, length, width = qkv.shape
-        q, k, v = qkv.view(n, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        head = width // (3 * self.num_heads)  # no -1 in the view: there may be no rows
+        q, k, v = qkv.view(n, length, 3, self.num_heads, head).permute(2, 0, 3, 1, 4)
         out = attention(q, k, v, impl=self.impl)
         return out.transpose(1, 2).reshape(n, length, width // 3)
+
+
+def hidden_width(dim: int, mlp_ratio: float) -> int:
+    """Width inside an MLP, dim * mlp_ratio rounded down.
+
+    A ratio read back from weights, hidden / dim, may give a product just below `hidden`.
+    """
+    return int(dim * mlp_ratio + 1e-6)
 
 
 class Mlp(nn.Module):
@@ -72,7 +81,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, num_heads, impl)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, hidden_width(dim, mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, L, D) -> (N, L, D)."""
@@ -105,7 +114,7 @@ class SharedBlock(nn.Module):
         self.norm1 = StreamNorm(dim, streams)
         self.attn = Attention(dim, num_heads, impl)
         self.norm2 = StreamNorm(dim, streams)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, hidden_width(dim, mlp_ratio))
 
     def forward(self, x: Tensor, segments: tuple[Segment, ...]) -> Tensor:
         """(R, D) packed rows -> (R, D)."""

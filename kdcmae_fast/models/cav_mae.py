@@ -75,9 +75,15 @@ class CavMae(PretrainedModel):
         return Reconstruction(audio, video, plans)
 
     def _plans(self, batch: Batch, plans: Plans | None, step: int) -> Plans:
+        clips = batch.fbank.shape[0]
+        if batch.frames.shape[0] != clips:
+            raise ValueError(f"frames has {batch.frames.shape[0]} clips, fbank has {clips}")
         if plans is None:
+            if tuple(batch.sample_ids.shape) != (clips,):
+                shape = tuple(batch.sample_ids.shape)
+                raise ValueError(f"sample_ids must be (B,) = ({clips},), got {shape}")
             return draw_plans(self.config, batch.sample_ids, step)
-        check_plans(self.config, plans, batch.fbank.shape[0])
+        check_plans(self.config, plans, clips)
         return plans
 
     def _rows(self, batch: Batch) -> Batch:

@@ -86,7 +86,8 @@ class SharedStack(nn.Module):
             packed = run_block(block, packed, segments, recompute=self.recompute)
         parts = packed.split([s.rows * s.length for s in segments])
         return {
-            s.norm: part.view(s.rows, s.length, -1) for part, s in zip(parts, segments, strict=True)
+            s.norm: part.view(s.rows, s.length, part.shape[1])
+            for part, s in zip(parts, segments, strict=True)
         }
 
 

@@ -70,6 +70,8 @@ def check_plans(config: ModelConfig, plans: Plans, batch: int) -> None:
         raise ValueError(f"plans must have the keys audio and video, got {sorted(plans)}")
     for name, grid in (("audio", audio_grid(config)), ("video", video_grid(config))):
         plan, tokens = plans[name], grid[0] * grid[1]
+        if not isinstance(plan, MaskPlan):
+            raise ValueError(f"plans[{name!r}] must be a MaskPlan, got {type(plan).__name__}")
         views = (config.num_views, batch)
         if config.views == "independent":
             views = (1, config.num_views * batch)

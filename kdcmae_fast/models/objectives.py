@@ -78,11 +78,12 @@ def distillation(distill: DistillConfig, num_views: int, pooled: list[Tensor]) -
         pairs = list(combinations(stream.chunk(num_views), 2))
         values = [
             distillation_loss(
-                first.detach() if distill.stop_gradient else first,
+                first,
                 second,
                 divergence=distill.divergence,
                 distribution=distill.distribution,
                 temperature=distill.temperature,
+                stop_gradient=distill.stop_gradient,
             )
             for first, second in pairs
         ]

@@ -17,6 +17,7 @@ from kdcmae_fast.config import ModelConfig
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+MOST_SIZES = 5  # mis-sized tensors that an error lists
 
 
 class PretrainedModel(nn.Module):
@@ -69,7 +70,8 @@ def read_folder(folder: str | os.PathLike[str]) -> tuple[dict, dict[str, Tensor]
     path = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
-            raise ValueError(f"{path} is not a model folder: it has no {name}")
+            hint = f"; {path / 'model'} is one" if (path / "model" / WEIGHTS).is_file() else ""
+            raise ValueError(f"{path} is not a model folder: it has no {name}{hint}")
     try:
         record = json.loads((path / CONFIG).read_text())
     except ValueError as error:
@@ -83,7 +85,7 @@ def read_folder(folder: str | os.PathLike[str]) -> tuple[dict, dict[str, Tensor]
 
 
 def check_keys(model: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
-    """ValueError that lists keys of `state` which the model lacks, lacks itself, or mis-sizes."""
+    """ValueError that lists the keys that `state` lacks, has too many, or (a few) mis-sizes."""
     problems = []
     missing = [key for key in model if key not in state]
     unknown = [key for key in state if key not in model]
@@ -92,6 +94,8 @@ def check_keys(model: Mapping[str, Tensor], state: Mapping[str, Tensor], what: s
         for key in model
         if key in state and state[key].shape != model[key].shape
     ]
+    if len(sizes) > MOST_SIZES:  # a model of another width mis-sizes nearly all of them
+        sizes[MOST_SIZES:] = [f"and {len(sizes) - MOST_SIZES} more"]
     for label, keys in (("missing", missing), ("unknown", unknown), ("wrong sizes", sizes)):
         if keys:
             problems.append(f"{label}: {', '.join(keys)}")

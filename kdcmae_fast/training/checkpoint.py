@@ -140,8 +140,14 @@ def load_checkpoint(engine: Any, checkpoint: Path, world: World, *, convert: boo
         if world.is_main:
             shutil.rmtree(universal)
     else:
-        loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-        rng = torch.load(checkpoint / f"rng_{world.rank}.pt", weights_only=True)
+        try:
+            loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+            rng = torch.load(checkpoint / f"rng_{world.rank}.pt", weights_only=True)
+        except Exception as error:  # damaged files break unpickling in any way there is
+            raise ValueError(
+                f"{checkpoint}: damaged ({type(error).__name__}); remove it to go on from the one "
+                "before"
+            ) from error
         _restore_rng_state(rng, world.device)
     if loaded is None:
         raise ValueError(f"{checkpoint}: DeepSpeed found nothing to load there")

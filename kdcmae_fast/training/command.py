@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from kdcmae_fast.config_file import load_config
-from kdcmae_fast.data.bad import TooManyBadClips
+from kdcmae_fast.messages import require_folder
 from kdcmae_fast.training.deepspeed_config import check_deepspeed_config, load_deepspeed_config
 from kdcmae_fast.training.run_folder import saved_settings
 from kdcmae_fast.training.tracking import require_wandb
@@ -22,13 +22,15 @@ def run_pretraining(options: argparse.Namespace) -> None:
     """
     ours = [argument for argument in options.settings if not argument.startswith("ds.")]
     theirs = [argument for argument in options.settings if argument.startswith("ds.")]
+    require_folder(options.output)
     saved = saved_settings(options.output) if options.resume else None
     if saved is not None and options.recipe is None:
-        config = load_config(saved["config"], ours)
+        config = load_config(saved["config"], ours, origin=str(options.output / "config.json"))
     else:
         config = load_config(options.recipe or _default("demo.yaml", "--recipe"), ours)
     if saved is not None and options.ds_config is None:
-        deepspeed = check_deepspeed_config(saved["deepspeed"], theirs, str(options.output))
+        origin = str(options.output / "config.json")
+        deepspeed = check_deepspeed_config(saved["deepspeed"], theirs, origin)
     else:
         path = options.ds_config or _default("zero2.json", "--ds_config")
         deepspeed = load_deepspeed_config(path, theirs)
@@ -43,17 +45,6 @@ def run_pretraining(options: argparse.Namespace) -> None:
     )
     if world.is_main:
         _draw_losses(options.output)
-
-
-def one_line(error: Exception) -> str:
-    """What a person should read of `error`: its message, after its type if that is unexpected."""
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    meant = isinstance(error, ValueError | FloatingPointError | TooManyBadClips)
-    if meant and text:
-        return text
-    return f"{type(error).__name__}: {text} (--debug shows where)"
 
 
 def _default(name: str, option: str) -> Path:

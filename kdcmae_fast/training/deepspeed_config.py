@@ -83,6 +83,24 @@ def zero_stage_of(config: Mapping[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
+def check_zero_settings(config: Mapping[str, Any]) -> None:
+    """ValueError for what DeepSpeed would not take under zero_optimization; imports DeepSpeed."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        word = ".".join(map(str, first["loc"]))
+        problem = first["msg"]
+        if first["type"] == "extra_forbidden":
+            hint = did_you_mean(word, list(DeepSpeedZeroConfig.model_fields))
+            problem = f"unknown DeepSpeed setting{hint}"
+        value = first["input"]
+        raise ValueError(f"ds.zero_optimization.{word}={value}: {problem}") from None
+
+
 def for_engine(config: Mapping[str, Any], *, load_universal: bool) -> Settings:
     """A copy with what every run of ours needs and nobody should have to write."""
     quiet = {"steps_per_print": 10**9, "zero_allow_untested_optimizer": True}

@@ -51,7 +51,14 @@ def join_world(local_rank: int | None = None) -> World:
     elif "OMP_NUM_THREADS" not in os.environ:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
         torch.set_num_threads(max(1, torch.get_num_threads() // local_size))
-    deepspeed.init_distributed(verbose=False)
+    try:
+        deepspeed.init_distributed(verbose=False)
+    except dist.DistNetworkError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ValueError(
+            f"no meeting point of the processes at {where} ({error}); another run may have it: "
+            "give the launcher another --master_port"
+        ) from error
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 

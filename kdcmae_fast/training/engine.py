@@ -126,6 +126,7 @@ def finish(run: Run) -> None:
             "bad_clips": [row._asdict() for row in run.bad_clips.rows()],
         }
         report.write_metrics(run.output, figures, run.settings)
+        logger.info("%s: finished; weights in model/, figures in metrics.json", run.output)
     dist.barrier()
 
 

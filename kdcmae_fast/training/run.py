@@ -51,6 +51,7 @@ def prepare(
     config: RunConfig, deepspeed: Settings, output: Path, world: World, *, resume: bool
 ) -> Run | None:
     """Build the run or take it up again; None if it is finished already."""
+    deepspeed_config.check_zero_settings(deepspeed)
     start = run_folder.find_checkpoint(output, resume=resume)
     if start is not None:
         run_folder.check_same_run(output, config)

@@ -30,11 +30,17 @@ def all_settings(config: RunConfig, deepspeed: Mapping[str, Any]) -> Settings:
 
 
 def saved_settings(output: Path) -> Settings | None:
-    """`all_settings` of the run in `output`; None if there is none."""
+    """`all_settings` of the run in `output`; None if there is none. ValueError if spoilt."""
+    path = output / "config.json"
     try:
-        return json.loads((output / "config.json").read_text(encoding="utf-8"))
+        saved = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(saved, dict) or not {"config", "deepspeed"} <= saved.keys():
+        raise ValueError(f"{path} is not a run's: expected the keys config and deepspeed")
+    return saved
 
 
 def find_checkpoint(output: Path, *, resume: bool) -> Path | None:
@@ -71,6 +77,11 @@ def check_same_run(output: Path, config: RunConfig) -> None:
 
 def check_layout(progress: Progress, length: RunLength, zero_stage: int) -> None:
     """ValueError when the saved state cannot go on as this run is laid out."""
+    if progress.step > length.total_steps:
+        raise ValueError(
+            f"the run has done {progress.step} steps, more than the {length.total_steps} asked "
+            "for; raise train.steps or train.epochs, or leave them out"
+        )
     if progress.samples_per_step != length.samples_per_step:
         raise ValueError(
             f"the run took {progress.samples_per_step} clips a step on {progress.world_size} "

@@ -1,43 +1,26 @@
 """Weights into the engine and out of it again."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdcmae_fast.config import RunConfig
-from kdcmae_fast.convert import load_published
-from kdcmae_fast.models import build_model, from_pretrained
+from kdcmae_fast.convert import init_model
+from kdcmae_fast.models import build_model
 
 
 def initial_model(config: RunConfig, *, resumed: bool) -> Any:
     """The model at step 0, equal on every rank and for every number of ranks.
 
-    From `train.init_from` (a model folder or a published file) if set; a resumed run gets its
-    weights from the checkpoint instead. Raises ValueError when the weights do not fit.
+    From `train.init_from` (a model folder or a published file) if set, by the rules of
+    `convert.init_model`; a resumed run gets its weights from the checkpoint instead. Raises
+    ValueError when the weights do not fit.
     """
-    settings = vars(config.model)
     torch.manual_seed(config.train.seed)
-    source = config.train.init_from
-    if not source or resumed:
-        return build_model(config.name, config.preset, **settings)
-    if not Path(source).is_dir():
-        return load_published(source, name=config.name, **settings).float()
-    model = build_model(config.name, config.preset, **settings)
-    weights = from_pretrained(source).state_dict()
-    ours = model.state_dict()
-    differing = [
-        key
-        for key in sorted({*weights, *ours})
-        if key not in ours or key not in weights or ours[key].shape != weights[key].shape
-    ]
-    if differing:
-        raise ValueError(
-            f"train.init_from={source}: {len(differing)} tensors do not fit this model, first "
-            f"{differing[0]}; use the settings of its config.json"
-        )
-    model.load_state_dict(weights)
+    model = build_model(config.name, config.preset, **vars(config.model))
+    if config.train.init_from and not resumed:
+        init_model(model, config.train.init_from)
     return model
 
 

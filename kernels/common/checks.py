@@ -8,6 +8,8 @@ from torch import Tensor
 
 def check_ndim(name: str, tensor: Tensor, ndim: int | tuple[int, ...], layout: str) -> None:
     """Raise unless `tensor` has `ndim` axes; `layout` spells them, such as "(B, L, D)"."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor {layout}, got {type(tensor).__name__}")
     allowed = (ndim,) if isinstance(ndim, int) else ndim
     if tensor.dim() not in allowed:
         raise ValueError(f"{name} must be {layout}, got shape {tuple(tensor.shape)}")

@@ -123,8 +123,8 @@ def _classes(t, MODE: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr,
 
 
 # Seeds and steps that happen to be 1 or divisible by 16 must not compile another variant.
-# The seed comes in signed halves: the interpreter goes by an argument's value, not by its annotation,
-# and shifts one between 2^31 and 2^32 as a 32-bit number.
+# The seed comes in signed halves: the interpreter goes by an argument's value, not by its
+# annotation, and shifts one between 2^31 and 2^32 as a 32-bit number.
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "stream"])
 def mask_keys_kernel(
     sample_ids_ptr, step_ptr, keys_ptr, stride_ids,

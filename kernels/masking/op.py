@@ -1,6 +1,7 @@
 """`complementary_masks`: checks, the choice of implementation, registration."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,6 +102,7 @@ def _check_grid(grid: Sequence[int], mode: str) -> tuple[tuple[int, ...], int]:
 def _check_views(num_tokens: int, mask_ratio: float, num_views: int) -> int:
     if not 0.0 <= mask_ratio <= 1.0:
         raise ValueError(f"mask_ratio={mask_ratio} is not in 0..1")
+    _check_int("num_views", num_views)
     if num_views < 1:
         raise ValueError(f"num_views={num_views} is not at least 1")
     keep = len_keep(num_tokens, mask_ratio)
@@ -118,6 +120,8 @@ def _check_draw(
     seed: int, step: int | Tensor, stream: int, device: torch.device
 ) -> tuple[Tensor | None, int]:
     """(step as a tensor or None, step as an int or 0)."""
+    _check_int("seed", seed)
+    _check_int("stream", stream)
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed} is not in 0..2^63-1")
     if not 0 <= stream < 256:
@@ -129,9 +133,15 @@ def _check_draw(
                 f" {tuple(step.shape)} {step.dtype} on {step.device}"
             )
         return step, 0
+    _check_int("step", step)
     if not 0 <= step < 2**32:
         raise ValueError(f"step={step} is not in 0..2^32-1")
     return None, step
+
+
+def _check_int(name: str, value: Any) -> None:
+    if not isinstance(value, (numbers.Integral, torch.SymInt)):
+        raise ValueError(f"{name}={value!r} is not an int")
 
 
 def _plan_torch(

@@ -10,12 +10,11 @@ from kdcmae_fast.data.loader import collate
 from kdcmae_fast.evaluation import pictures
 from kdcmae_fast.evaluation.pictures import (
     draw_clip,
-    from_patches,
     reconstruct_batch,
     reconstruct_views,
-    to_patches,
 )
 from kdcmae_fast.kernels import complementary_masks, masked_reconstruction_loss
+from kdcmae_fast.kernels.tokens import patchify
 
 GRID = (4, 6)
 
@@ -37,16 +36,9 @@ def png_size(path) -> tuple[int, int]:
     return struct.unpack(">II", header[16:24])
 
 
-def test_patches_and_back(original):
-    patches = to_patches(original, 4)
-    assert patches.shape == (3, 24, 48)
-    assert torch.equal(patches[0, 7].reshape(4, 4, 3), original[0, :, 4:8, 4:8].permute(1, 2, 0))
-    assert torch.equal(from_patches(patches, 4, original.shape[1:]), original)
-
-
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_error_is_the_loss_and_a_perfect_guess_is_the_original(original, plan, norm_pix):
-    target = to_patches(original, 4).repeat(2, 1, 1)
+    target = patchify(original, 4).repeat(2, 1, 1)
     if norm_pix:
         spread = (target.var(-1, keepdim=True) + 1e-6).sqrt()
         target = (target - target.mean(-1, keepdim=True)) / spread
@@ -63,10 +55,10 @@ def test_error_is_the_loss_and_a_perfect_guess_is_the_original(original, plan, n
 def test_views_hide_what_their_plan_removes(original, plan):
     views = reconstruct_views(original, torch.zeros(6, 24, 48), plan, patch_size=4, norm_pix=False)
     for view in range(2):
-        hidden = to_patches(views.masked[view], 4).isnan()
+        hidden = patchify(views.masked[view], 4).isnan()
         assert torch.equal(hidden.all(-1), plan.mask(view).bool())
         assert torch.equal(hidden.any(-1), hidden.all(-1))
-        filled = to_patches(views.reconstructed[view], 4) == 0
+        filled = patchify(views.reconstructed[view], 4) == 0
         assert torch.equal(filled.all(-1), plan.mask(view).bool())
 
 

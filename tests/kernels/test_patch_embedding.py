@@ -223,6 +223,25 @@ class TestEmbedVisiblePatches:
         y = embed_visible_patches(torch.rand(3, 3, 15, 28), *leaves, nothing, patch_size=patch)
         assert y.shape == (6, 0, 7)
 
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_strides(self, layout):
+        """Operands and gradient with reversed axes in memory give what contiguous ones give."""
+
+        def reverse(x):
+            order = tuple(reversed(range(x.dim())))
+            return x.detach().permute(order).contiguous().permute(order).requires_grad_()
+
+        pixels, patch, plan, leaves = embedding_case(layout, torch.float64)
+        results = []
+        for arrange in (lambda x: x.detach().requires_grad_(), reverse):
+            own = [arrange(leaf) for leaf in leaves]
+            y = embed_visible_patches(arrange(pixels).detach(), *own, plan, patch_size=patch)
+            grad = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+            grad = arrange(grad).detach()
+            results.append([y, *torch.autograd.grad(y, own, grad)])
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected)
+
     def test_saves_nothing_but_inputs(self, saved_storages):
         pixels, patch, plan, leaves = embedding_case("image", torch.float32, torch.uint8)
         leaves = [leaf.requires_grad_() for leaf in leaves]

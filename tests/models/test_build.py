@@ -7,6 +7,7 @@ from torch import nn
 from kdcmae_fast.convert.keys import is_dead
 from kdcmae_fast.convert.published import published_state
 from kdcmae_fast.models import Batch, build_model
+from kdcmae_fast.models.blocks import hidden_width
 from kdcmae_fast.models.positions import sincos_positions
 
 
@@ -89,6 +90,12 @@ def test_initial_weights(small):
     assert 0 < patch.bias.abs().max() <= (3 * 64) ** -0.5
     vectors = [model.decoder.mask_token, patch.modality, model.decoder.audio_modality]
     assert 0.01 < torch.cat([v.flatten() for v in vectors]).std() < 0.03
+
+
+def test_a_ratio_read_from_weights_gives_their_width_back():
+    for dim in range(4, 1600, 60):
+        for hidden in range(dim, 4 * dim, 7):
+            assert hidden_width(dim, hidden / dim) == hidden
 
 
 def test_positions_put_the_column_first():

@@ -6,7 +6,12 @@ import math
 import pytest
 import torch
 
-from kdcmae_fast.kernels import MaskPlan, distillation_loss, masked_reconstruction_loss
+from kdcmae_fast.kernels import (
+    MaskPlan,
+    distillation_loss,
+    info_nce,
+    masked_reconstruction_loss,
+)
 from kdcmae_fast.models import Batch
 from kdcmae_fast.models.objectives import pool
 
@@ -34,6 +39,14 @@ def test_packed_shared_blocks_equal_three_passes(small, batch, gradients, shared
 def test_activation_checkpointing_changes_nothing(small, batch, gradients):
     plain = gradients(small(**EVERYTHING), batch)
     assert_same(plain, gradients(small(activation_checkpointing=True, **EVERYTHING), batch))
+
+
+def test_activation_checkpointing_keeps_less(small, batch, saved_storages):
+    def kept(**options):
+        model = small(**options)
+        return sum(saved_storages(lambda: model(batch).total).values())
+
+    assert kept(activation_checkpointing=True) < kept() / 2
 
 
 def test_released_chain_runs_only_the_last_shared_block(small, batch):
@@ -220,6 +233,21 @@ def test_objective_options_reach_the_ops(small, batch):
     assert small(video_mask_ratio=0.5)(batch).mae_audio != base.mae_audio  # joint tokens
 
 
+@pytest.mark.parametrize("negatives", ["global", "local"])
+def test_only_global_negatives_use_the_group(small, batch, monkeypatch, negatives):
+    groups = []
+
+    def record(*args, group, **options):
+        groups.append(group)
+        return info_nce(*args, **options)
+
+    monkeypatch.setattr("kdcmae_fast.models.objectives.info_nce", record)
+    model = small(num_views=2, negatives=negatives)
+    model.contrast_group = group = object()
+    model(batch)
+    assert groups == [group if negatives == "global" else None] * 2
+
+
 def test_masks_follow_the_step_and_the_sample_not_the_batch(small, batch):
     model = small()
     assert model(batch, step=1).total == model(batch, step=1).total
@@ -267,6 +295,17 @@ def test_wrong_inputs_are_named(small, batch):
         model(batch, plans)
     with pytest.raises(ValueError, match="keys audio and video"):
         model(batch, {"audio": plans["audio"]})
+    with pytest.raises(ValueError, match=r"plans\['audio'\] must be a MaskPlan, got int"):
+        model(batch, {"audio": 3, "video": plans["video"]})
+    with pytest.raises(ValueError, match=r"sample_ids must be \(B,\) = \(\d+,\), got \(2,\)"):
+        model(batch._replace(sample_ids=batch.sample_ids[:2]))
+    with pytest.raises(ValueError, match="frames has 2 clips, fbank has"):
+        model(batch._replace(frames=batch.frames[:2]))
+
+
+def test_encode_takes_an_empty_batch(small, batch):
+    features = small().encode(fbank=batch.fbank[:0], frames=batch.frames[:0])
+    assert features.audio.shape == features.video.shape == (0, small().config.embed_dim)
 
 
 def test_bf16_and_autocast(small, batch):

@@ -1,6 +1,7 @@
 """The command line on one process: what it writes, what it repeats, what it refuses."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from kdcmae_fast.config_file import load_config
 from kdcmae_fast.models import from_pretrained
 from kdcmae_fast.training import run_folder
 from kdcmae_fast.training.checkpoint import read_progress
+from kdcmae_fast.training.deepspeed_config import check_zero_settings
 from kdcmae_fast.training.optimizers import build_optimizer
 from kdcmae_fast.training.schedule import RunLength
 
@@ -100,6 +102,41 @@ def test_a_run_is_neither_overwritten_nor_bent(reference):
         run_folder.check_layout(progress, RunLength(8, 8, 1, 4), zero_stage=2)
     with pytest.raises(ValueError, match=r"pass ds.zero_optimization.stage=2"):
         run_folder.check_layout(progress, RunLength(8, 8, 1, 8), zero_stage=3)
+    with pytest.raises(ValueError, match="has done 6 steps, more than the 4 asked for"):
+        run_folder.check_layout(progress, RunLength(4, 8, 1, 8), zero_stage=2)
+
+
+@pytest.mark.parametrize(("text", "problem"), [("{", "is not JSON"), ("{}", "is not a run's")])
+def test_a_spoilt_config_is_named(tmp_path, text, problem):
+    assert run_folder.saved_settings(tmp_path) is None
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"config.json {problem}"):
+        run_folder.saved_settings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("stagee", 2, "unknown DeepSpeed setting; did you mean stage"),
+        ("reduce_bucket_size", -3, "Input should be greater than"),
+    ],
+)
+def test_zero_settings_are_checked(key, value, problem):
+    check_zero_settings({"zero_optimization": {"stage": 2}})
+    with pytest.raises(ValueError, match=f"ds.zero_optimization.{key}={value}: {problem}"):
+        check_zero_settings({"zero_optimization": {key: value}})
+
+
+def test_a_damaged_checkpoint_is_named(launch, reference, tmp_path):
+    """Damage that keeps the sizes; what kills leave behind is passed over instead."""
+    output = tmp_path / "run"
+    shutil.copytree(reference, output)
+    (output / "metrics.json").unlink()
+    (states,) = (output / "checkpoints" / "step_6").glob("*optim_states.pt")
+    states.write_bytes(bytes(states.stat().st_size))
+    text = launch.run(output, "--resume", "train.steps=8", code=1)
+    line = text.strip().splitlines()[-1]
+    assert line.startswith(f"error: {output}/checkpoints/step_6: damaged (")
 
 
 @pytest.mark.parametrize("name", ["lamb", "apex_fused_lamb"])

@@ -1,0 +1,58 @@
+"""How the commands speak of mistakes: one line on stderr, the same form in all of them."""
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+
+class UsageError(Exception):
+    """Arguments that do not parse."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises `UsageError` instead of printing its usage, so that every mistake is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def one_line(error: BaseException) -> str:
+    """What a person should read of `error`: its message, after its type if that is unexpected."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    foreseen = isinstance(error, ValueError | OSError | FloatingPointError | ImportError)
+    if text and (foreseen or type(error).__module__.startswith("kdcmae_fast.")):
+        return text
+    name = type(error).__name__
+    return f"{name}: {text} (--debug shows where)" if text else f"{name} (--debug shows where)"
+
+
+def require_folder(path: str | Path, option: str = "--output") -> None:
+    """ValueError unless `path` is a folder one may write to, or can become one; makes nothing."""
+    folder = Path(path).absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"{option} {path}: {folder} is a file; give a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{option} {path}: no permission to write in {folder}; give another")
+
+
+def report_error(error: BaseException, *, debug: bool) -> int:
+    """Print `error` as one line, after its traceback with `debug`; returns the exit code.
+
+    A process of several says which it is ("error on rank 3: ..."), but for the first.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    if debug:
+        traceback.print_exception(error)
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f" on rank {rank}"
+    print(f"error{where}: {one_line(error)}", file=sys.stderr)
+    return 1

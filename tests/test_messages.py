@@ -1,0 +1,48 @@
+"""Errors as one line: what is left of them, where they come from, the exit code."""
+
+import pytest
+
+from kdcmae_fast.data import ClipError, TooManyBadClips
+from kdcmae_fast.messages import Parser, UsageError, one_line, report_error, require_folder
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("lr=0:\n  bad"), "lr=0: bad"),
+        (ValueError(), "ValueError (--debug shows where)"),
+        (KeyError("x"), "KeyError: 'x' (--debug shows where)"),
+        (RuntimeError("odd"), "RuntimeError: odd (--debug shows where)"),
+        (FileNotFoundError(2, "No such file", "a.yaml"), "a.yaml: No such file"),
+        (FileNotFoundError("--checkpoint x is no folder"), "--checkpoint x is no folder"),
+        (ModuleNotFoundError("plots need Matplotlib"), "plots need Matplotlib"),
+        (TooManyBadClips("2 bad clips"), "2 bad clips"),
+        (ClipError("a.mp4", "no audio"), "a.mp4: no audio"),
+    ],
+)
+def test_one_line(error, line):
+    assert one_line(error) == line
+
+
+def test_ranks_and_exit_codes(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert report_error(ValueError("bad"), debug=False) == 1
+    monkeypatch.setenv("RANK", "3")
+    assert report_error(ValueError("bad"), debug=True) == 1
+    assert report_error(KeyboardInterrupt(), debug=False) == 130
+    first, *traceback, last, interrupted = capsys.readouterr().err.splitlines()
+    assert (first, last, interrupted) == ("error: bad", "error on rank 3: bad", "interrupted")
+    assert traceback == ["ValueError: bad"]  # it was never raised: no frames
+
+
+def test_output_is_checked_before_work(tmp_path):
+    require_folder(tmp_path / "new" / "deep")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--output .*/file/x: .*/file is a file; give a folder"):
+        require_folder(tmp_path / "file" / "x")
+
+
+def test_usage_errors_name_the_help():
+    with pytest.raises(UsageError, match=r"unrecognized arguments: --x \(see prog --help\)"):
+        Parser(prog="prog").parse_args(["--x"])
