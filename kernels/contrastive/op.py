@@ -1,7 +1,7 @@
 """The public InfoNCE: argument checks, autograd, the global batch, registration."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from ..common import (
     resolve,
     without_autocast,
 )
-from . import reference
+from . import fused, reference
 from .distributed import (
     ALONE,
     GlobalMean,
@@ -33,7 +33,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KERNEL_ONLY = ("tf32", "bf16x3")
 
-register_op("info_nce")
+register_op("info_nce", impls=("cpp", "triton", "torch"))
 
 
 class InfoNCE(NamedTuple):
@@ -48,6 +48,7 @@ class _Options(NamedTuple):
     normalize: bool
     operand: torch.dtype  # of the products' operands
     ranks: Ranks
+    impl: str
 
 
 def info_nce(
@@ -85,14 +86,14 @@ def info_nce(
         so collapsed features score 0; with `symmetric` the mean of both directions.
     precision: dtype of the matrix products' operands, "fp32", "bf16" or "fp16"; None: the
         inputs' (the wider of the two). Logits, log-sum-exp and sums are float32 at least.
-    impl: "auto" or "torch".
+    impl: "auto", "torch", "cpp" or "triton" (no float64).
 
     Returns a float32 (float64 for float64 inputs) scalar or (B,). An empty batch gives 0 and
     accuracy 0. Deterministic; differentiable once; autocast does not change it. Errors are
     ValueErrors that name the argument.
     """
     operand = _check(a, b, temperature, reduction, precision)
-    resolve("info_nce", impl, a.device.type)
+    impl = _resolve(operand, impl, a.device.type)
     ranks = ranks_of(group)
     check_equal_rows(a.shape[0], a.device, ranks)
     dtype = compute_dtype(a, b)
@@ -100,13 +101,22 @@ def info_nce(
         tau = temperature.to(dtype)
     else:
         tau = torch.full((), temperature, dtype=dtype, device=a.device)
-    loss, hits = _pair_losses(a, b, tau, _Options(symmetric, normalize, operand, ranks))
+    loss, hits = _pair_losses(a, b, tau, _Options(symmetric, normalize, operand, ranks, impl))
     if reduction == "mean":
         means = torch.stack([loss.sum(), hits.sum()]) / max(1, a.shape[0])
         if ranks.group is not None:
             means = GlobalMean.apply(means, ranks)
         loss, hits = means[0], means[1].detach()
     return InfoNCE(loss, hits) if return_accuracy else loss
+
+
+def _resolve(operand: torch.dtype, impl: str, device: str) -> str:
+    found = resolve("info_nce", impl, device)
+    if found != "triton" or operand != torch.float64:
+        return found
+    if impl == "triton":
+        raise ValueError("impl='triton' of info_nce takes no float64; use impl='auto' or 'torch'")
+    return "torch"
 
 
 def _pair_losses(a: Tensor, b: Tensor, tau: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
@@ -120,22 +130,28 @@ def _pair_losses(a: Tensor, b: Tensor, tau: Tensor, options: _Options) -> tuple[
 class _PairLosses(torch.autograd.Function):
     """Losses (N,) and hits (N,) of this rank's pairs.
 
-    Saves the normalised operands, five vectors and the logits if they fit one block (64 MiB in
-    float32); larger ones are recomputed, at 8NMD FLOPs in all instead of 6NMD.
+    Saves the operands, five vectors and the logits if they fit one block; larger ones are
+    recomputed, at 8NMD FLOPs in all instead of 6NMD. The operands are normalised copies, for
+    impl="cpp" the inputs themselves in the operand dtype.
     """
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor, tau: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
-        symmetric, normalize, operand, ranks = options
-        unit_a, inverse_a = reference.normalise(a.to(tau.dtype), normalize)
-        unit_b, inverse_b = reference.normalise(b.to(tau.dtype), normalize)
-        unit_b = unit_b.to(operand)
-        all_a = gather(unit_a.to(operand), ranks)
+        symmetric, normalize, operand, ranks, impl = options
+        rows_a, inverse_a = _operand(a, tau.dtype, options)
+        rows_b, inverse_b = _operand(b, tau.dtype, options)
+        all_a = gather(rows_a, ranks)
         offset = ranks.rank * a.shape[0]
         with without_autocast(a.device):
-            found = reference.statistics(
-                unit_b, all_a, tau.reciprocal(), offset, operand, symmetric
-            )
+            scale = tau.reciprocal()
+            if impl == "torch":
+                found = reference.statistics(rows_b, all_a, scale, offset, operand, symmetric)
+            elif impl == "triton":
+                found = fused.tile_statistics(rows_b, all_a, scale, offset, symmetric, normalize)
+            else:
+                inverse_a = gather(inverse_a, ranks)
+                inverses = (inverse_b, inverse_a)
+                found = fused.statistics(rows_b, all_a, inverses, scale, offset, symmetric)
         positive = found.positive
         row_loss = column_loss = loss = reference.loss_of(positive, found.row_lse)
         hits = (positive > found.row_max).to(tau.dtype)
@@ -146,7 +162,7 @@ class _PairLosses(torch.autograd.Function):
             loss = (row_loss + column_loss) / 2
             hits = (hits + (positive > top[own]).to(tau.dtype)) / 2
         vectors = (inverse_a, inverse_b, positive, row_loss, column_loss)
-        ctx.save_for_backward(all_a, unit_b, tau, *vectors, found.logits)
+        ctx.save_for_backward(all_a, rows_b, tau, *vectors, found.logits)
         ctx.options, ctx.dtypes = options, (a.dtype, b.dtype)
         ctx.mark_non_differentiable(hits)
         return loss, hits
@@ -154,28 +170,71 @@ class _PairLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, _: Tensor):
-        all_a, unit_b, tau, inverse_a, inverse_b = ctx.saved_tensors[:5]
-        symmetric, normalize, operand, ranks = ctx.options
-        need_a, need_b, need_tau, _ = ctx.needs_input_grad
-        offset = ranks.rank * unit_b.shape[0]
         targets, unit = _targets(grad, ctx.saved_tensors[5:], ctx.options)
         with without_autocast(grad.device):
-            by_b, by_a, by_scale = reference.gradients(
-                unit_b, all_a, tau.reciprocal(), offset, operand, targets,
-                (need_b, need_a, need_tau),
-            )  # fmt: skip
-        grad_a = grad_b = grad_tau = None
-        if need_a:
-            own = all_a[offset : offset + unit_b.shape[0]].to(tau.dtype)
-            by_a = scatter_sum(by_a * unit, ranks)
-            grad_a = reference.normalise_grad(by_a, own, inverse_a, normalize).to(ctx.dtypes[0])
-        if need_b:
-            own = unit_b.to(tau.dtype)
-            by_b = reference.normalise_grad(by_b * unit, own, inverse_b, normalize)
-            grad_b = by_b.to(ctx.dtypes[1])
-        if need_tau:
-            grad_tau = -by_scale * unit / tau.square()
-        return grad_a, grad_b, grad_tau, None
+            by_impl = _norm_free_grads if ctx.options.impl == "cpp" else _unit_grads
+            grad_a, grad_b, by_scale = by_impl(ctx, targets, unit)
+        need_a, need_b, need_tau, _ = ctx.needs_input_grad
+        grad_tau = -by_scale * unit / ctx.saved_tensors[2].square() if need_tau else None
+        return (
+            grad_a.to(ctx.dtypes[0]) if need_a and grad_a is not None else None,
+            grad_b.to(ctx.dtypes[1]) if need_b and grad_b is not None else None,
+            grad_tau,
+            None,
+        )
+
+
+def _operand(x: Tensor, dtype: torch.dtype, options: _Options) -> tuple[Tensor, Tensor]:
+    """The rows that are multiplied, in the operand dtype, and their inverse norms (N, 1)."""
+    if options.impl == "cpp":
+        return x.to(options.operand), fused.inverse_norms(x, options.normalize, dtype)
+    if options.impl == "triton" and options.normalize:
+        return fused.unit_rows(x, options.operand)
+    unit, inverse = reference.normalise(x.to(dtype), options.normalize)
+    return unit.to(options.operand).contiguous(), inverse
+
+
+def _unit_grads(
+    ctx: Any, targets: reference.Targets, unit: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Gradients by a and b, None where not needed, and by the scale in units of `unit`."""
+    all_a, unit_b, tau, inverse_a, inverse_b = ctx.saved_tensors[:5]
+    _, normalize, operand, ranks, impl = ctx.options
+    need_a, need_b, need_tau, _ = ctx.needs_input_grad
+    offset, scale = ranks.rank * unit_b.shape[0], tau.reciprocal()
+    if impl == "triton":
+        by_b, by_a, by_scale = fused.tile_gradients(unit_b, all_a, scale, offset, targets)
+    else:
+        needed = (need_b, need_a, need_tau)
+        by_b, by_a, by_scale = reference.gradients(
+            unit_b, all_a, scale, offset, operand, targets, needed
+        )
+    grad_a = grad_b = None
+    if need_a:
+        own = all_a[offset : offset + unit_b.shape[0]].to(tau.dtype)
+        by_a = scatter_sum(by_a * unit, ranks)
+        grad_a = reference.normalise_grad(by_a, own, inverse_a, normalize)
+    if need_b:
+        own = unit_b.to(tau.dtype)
+        grad_b = reference.normalise_grad(by_b * unit, own, inverse_b, normalize)
+    return grad_a, grad_b, by_scale
+
+
+def _norm_free_grads(
+    ctx: Any, targets: reference.Targets, unit: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from rows and inverse norms; always both gradients, in place where they are ours."""
+    all_a, rows_b, tau, inverse_a, inverse_b = ctx.saved_tensors[:5]
+    _, normalize, _, ranks, _ = ctx.options
+    offset = ranks.rank * rows_b.shape[0]
+    own = slice(offset, offset + rows_b.shape[0])
+    by_b, by_a, by_scale = fused.gradients(
+        rows_b, all_a, (inverse_b, inverse_a), tau.reciprocal(), offset, targets
+    )
+    by_a = scatter_sum(by_a.mul_(unit), ranks)
+    grad_a = fused.norm_grad_(by_a, all_a[own], inverse_a[own], normalize)
+    grad_b = fused.norm_grad_(by_b.mul_(unit), rows_b, inverse_b, normalize)
+    return grad_a, grad_b, by_scale
 
 
 def _targets(
@@ -248,7 +307,7 @@ def _info_nce_op(
 ) -> tuple[Tensor, Tensor]:
     operand = torch.promote_types(a.dtype, b.dtype)
     tau = temperature.to(compute_dtype(a, b))
-    return _pair_losses(a, b, tau, _Options(symmetric, normalize, operand, ALONE))
+    return _pair_losses(a, b, tau, _Options(symmetric, normalize, operand, ALONE, "torch"))
 
 
 torch.library.define(

@@ -1,9 +1,11 @@
-"""The public distillation loss: argument checks and registration."""
+"""The public distillation loss: argument checks, autograd, registration."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..common import check_dtype, check_ndim, check_shape, compute_dtype, register_op, resolve
 from .reference import divergence_rows
@@ -11,8 +13,9 @@ from .reference import divergence_rows
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DIVERGENCES = ("kl", "kl_12", "js")
 DISTRIBUTIONS = ("softmax", "shift", "batch_shift")
+MAX_TRITON_WIDTH = 8192  # a program holds a row of both views in registers
 
-register_op("distillation_loss")
+register_op("distillation_loss", impls=("cpp", "triton", "torch"))
 
 
 def distillation_loss(
@@ -41,17 +44,32 @@ def distillation_loss(
     stop_gradient: "kl_12" only: no gradient into p.
     reduction: "mean" over the batch, or "none" for (B,). The released code adds up the batch, so
         its term is B times the mean.
-    impl: "auto" or "torch".
+    impl: "auto", "torch", "cpp" or "triton" (D up to 8192); the last two are differentiable once.
 
     Returns a float32 (float64 for float64 inputs) scalar or (B,), in nats. An empty batch gives
     0. Deterministic. Errors are ValueErrors that name the argument.
     """
     _check(p, q, divergence, distribution, temperature, stop_gradient, reduction)
-    resolve("distillation_loss", impl, p.device.type)
+    impl = _resolve(p, impl)
     if stop_gradient:
         p = p.detach()
-    rows = _rows(p, q, divergence, distribution, temperature)
+    if impl == "torch":
+        rows = _rows(p, q, divergence, distribution, temperature)
+    else:
+        rows = _FusedRows.apply(p, q, (divergence, distribution, temperature), impl)
     return rows.sum() / max(1, p.shape[0]) if reduction == "mean" else rows
+
+
+def _resolve(p: Tensor, impl: str) -> str:
+    found = resolve("distillation_loss", impl, p.device.type)
+    if found != "triton" or p.shape[1] <= MAX_TRITON_WIDTH:
+        return found
+    if impl == "triton":
+        raise ValueError(
+            f"impl='triton' takes rows of at most {MAX_TRITON_WIDTH} features, p has {p.shape[1]}; "
+            "use impl='auto' or 'torch'"
+        )
+    return "torch"
 
 
 def _rows(p: Tensor, q: Tensor, divergence: str, distribution: str, temperature: float) -> Tensor:
@@ -60,6 +78,25 @@ def _rows(p: Tensor, q: Tensor, divergence: str, distribution: str, temperature:
     if p.shape[0] == 0:
         return p.sum(dim=1) + q.sum(dim=1)
     return divergence_rows(p, q, divergence, distribution, temperature)
+
+
+class _FusedRows(torch.autograd.Function):
+    """Divergence rows by one of the fused implementations; keeps the inputs and nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, p: Tensor, q: Tensor, options: tuple[str, str, float], impl: str
+    ) -> Tensor:
+        ctx.save_for_backward(p, q)
+        ctx.options, ctx.impl = options, impl
+        return _FORWARD[impl](p, q, *options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        by_p, by_q = _BACKWARD[ctx.impl](grad, *ctx.saved_tensors, *ctx.options)
+        need_p, need_q, _, _ = ctx.needs_input_grad
+        return by_p if need_p else None, by_q if need_q else None, None, None
 
 
 def _check(
@@ -98,8 +135,53 @@ def _check(
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
 
 
+def _rows_fake(
+    p: Tensor, q: Tensor, divergence: str, distribution: str, temperature: float
+) -> Tensor:
+    return p.new_empty(p.shape[:1], dtype=compute_dtype(p, q))
+
+
+def _rows_grad_fake(
+    grad: Tensor, p: Tensor, q: Tensor, divergence: str, distribution: str, temperature: float
+) -> tuple[Tensor, Tensor]:
+    return p.new_empty(p.shape), q.new_empty(q.shape)
+
+
+def _rows_triton(*args: Any) -> Tensor:
+    from .kernel import rows
+
+    return rows(*args)
+
+
+def _rows_grad_triton(*args: Any) -> tuple[Tensor, Tensor]:
+    from .kernel import rows_grad
+
+    return rows_grad(*args)
+
+
+def _register(name: str, schema: str, triton_impl: Any, fake: Any) -> dict[str, Any]:
+    """Define one op per fused implementation (csrc/cpu/distillation.cpp fills in `_cpp`)."""
+    for suffix in ("cpp", "triton"):
+        torch.library.define(f"kdcmae_fast::{name}_{suffix}", schema)
+        torch.library.register_fake(f"kdcmae_fast::{name}_{suffix}", fake)
+    torch.library.impl(f"kdcmae_fast::{name}_triton", ("cuda", "cpu"), triton_impl)
+    namespace = torch.ops.kdcmae_fast
+    return {impl: getattr(namespace, f"{name}_{impl}").default for impl in ("cpp", "triton")}
+
+
+_OPTIONS = "str divergence, str distribution, float temperature"
+
 torch.library.define(
-    "kdcmae_fast::distillation_loss",
-    "(Tensor p, Tensor q, str divergence, str distribution, float temperature) -> Tensor",
+    "kdcmae_fast::distillation_loss", f"(Tensor p, Tensor q, {_OPTIONS}) -> Tensor"
 )
 torch.library.impl("kdcmae_fast::distillation_loss", "CompositeImplicitAutograd", _rows)
+
+_FORWARD = _register(
+    "distillation_rows", f"(Tensor p, Tensor q, {_OPTIONS}) -> Tensor", _rows_triton, _rows_fake
+)
+_BACKWARD = _register(
+    "distillation_rows_grad",
+    f"(Tensor grad, Tensor p, Tensor q, {_OPTIONS}) -> (Tensor, Tensor)",
+    _rows_grad_triton,
+    _rows_grad_fake,
+)

@@ -11,12 +11,13 @@ from ..masking import MaskPlan
 from ..tokens.patches import PatchLayout, PatchSize, patch_layout, pixel_statistics
 from ..tokens.rows import check_device, check_plan
 from . import reference
+from .fused import FusedReconstructionLoss
 from .lean import LossPlan, MaskedReconstructionLoss
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ORDERS = ("auto", "tokens", "masked")
 
-register_op("masked_reconstruction_loss")
+register_op("masked_reconstruction_loss", impls=("triton", "cpp", "torch"))
 
 
 def masked_reconstruction_loss(
@@ -60,7 +61,7 @@ def masked_reconstruction_loss(
         raise ValueError("norm_pix=True needs patches of at least 2 values, these have 1")
     dtype = compute_dtype(pred, pixels)
     statistics = pixel_statistics(pixels, layout, pixel_mean, pixel_std, dtype)
-    resolve("masked_reconstruction_loss", impl, pixels.device.type)
+    impl = resolve("masked_reconstruction_loss", impl, pixels.device.type)
     if pixels.requires_grad and torch.is_grad_enabled():
         loss = reference.masked_reconstruction_loss(
             pred, pixels, plan, layout.patch, norm_pix, statistics, masked_only
@@ -68,9 +69,14 @@ def masked_reconstruction_loss(
     else:
         loss_plan = LossPlan(layout, plan.len_keep, plan.num_views, norm_pix, masked_only, dtype)
         mean, std = statistics or (None, None)
-        loss = MaskedReconstructionLoss.apply(
-            pred, pixels, plan.token_of_rank, mean, std, loss_plan
-        )
+        if impl == "torch":
+            loss = MaskedReconstructionLoss.apply(
+                pred, pixels, plan.token_of_rank, mean, std, loss_plan
+            )
+        else:
+            loss = FusedReconstructionLoss.apply(
+                pred, pixels, plan.rank_of_token, mean, std, loss_plan, impl
+            )
     return loss.mean() if reduction == "mean" else loss
 
 

@@ -1,5 +1,7 @@
 """The token ops with explicit backward passes, in plain torch: what `impl="torch"` runs.
 
+The embedding is that of the other implementations too, with rows and patches gathered by them.
+
 The maths is that of `reference.py`. Beyond inputs that live anyway, nothing is kept for backward:
 int16 plans instead of int64 indices, pixels instead of patches.
 """
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..common import without_autocast
+from .library import GATHER_ROWS, VISIBLE_PATCHES
 from .patches import PatchLayout, gather_patches, normalize_pixels
 from .rows import masked_tokens, place_rows, rows_of_samples, rows_of_views, visible_tokens
 
@@ -56,14 +59,49 @@ class EmbedPlan(NamedTuple):
     layout: PatchLayout
     len_keep: int
     num_views: int
+    impl: str = "torch"
+
+    def visible_rows(self, table: Tensor, token_of_rank: Tensor) -> Tensor:
+        """(K*B*keep, D): the row of `table` (L, D) of every visible token."""
+        if self.impl == "torch":
+            tokens = visible_tokens(token_of_rank, self.len_keep, self.num_views)
+            return table.index_select(0, tokens.flatten())
+        per_sample = table.expand(token_of_rank.shape[0], -1, -1)
+        gather = GATHER_ROWS[self.impl]
+        return gather(per_sample, token_of_rank, self.len_keep, self.num_views).flatten(0, 1)
+
+    def visible_patches(
+        self,
+        pixels: Tensor,
+        token_of_rank: Tensor,
+        mean: Tensor | None,
+        std: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """(K*B*keep, P) in memory order, normalised, in `dtype`."""
+        static, patch = (self.len_keep, self.num_views), self.layout.patch
+        if self.impl != "torch":
+            gather = VISIBLE_PATCHES[self.impl]
+            return gather(pixels, mean, std, token_of_rank, *static, list(patch), dtype)
+        patches = gather_patches(pixels, visible_tokens(token_of_rank, *static), patch)
+        patches = patches.flatten(0, 2)
+        if mean is not None and std is not None:
+            patches = normalize_pixels(patches, mean, std)
+        return patches.to(dtype)
 
 
-def _visible_patches(
-    pixels: Tensor, tokens: Tensor, layout: PatchLayout, mean: Tensor | None, std: Tensor | None
-) -> Tensor:
-    """(K*B*keep, P) in memory order, normalised."""
-    patches = gather_patches(pixels, tokens, layout.patch).flatten(0, 2)
-    return patches if mean is None or std is None else normalize_pixels(patches, mean, std)
+# oneDNN's product of float32 matrices, about twice as fast as MKL's on AMD processors.
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _product(a: Tensor, b: Tensor, impl: str, onto: Tensor | None = None) -> Tensor:
+    """a (M, K) times the transpose of b (N, K), added in place to `onto` if given."""
+    # torch.compile knows this op with constant weights only, and picks a GEMM itself.
+    eager = _ONEDNN and not torch.compiler.is_compiling()
+    if impl == "cpp" and eager and a.dtype == torch.float32 and a.numel() > 0:
+        product = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        return product if onto is None else onto.add_(product)
+    return a @ b.t() if onto is None else onto.addmm_(a, b.t())
 
 
 class EmbedVisiblePatches(torch.autograd.Function):
@@ -85,15 +123,14 @@ class EmbedVisiblePatches(torch.autograd.Function):
         ctx.plan, ctx.weight_shape, ctx.dtype = plan, weight.shape, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.pos_dtype, ctx.pos_shape = pos_embed.dtype, pos_embed.shape
-        tokens = visible_tokens(token_of_rank, plan.len_keep, plan.num_views)
         table = (pos_embed if bias is None else pos_embed + bias).to(weight.dtype)
-        y = table.index_select(0, tokens.flatten())
-        patches = _visible_patches(pixels, tokens, plan.layout, mean, std).to(weight.dtype)
+        y = plan.visible_rows(table, token_of_rank)
+        patches = plan.visible_patches(pixels, token_of_rank, mean, std, weight.dtype)
         # The weight is permuted to the order of the pixels, which is cheaper than the reverse.
         kernel = weight.squeeze(1).transpose(1, 2) if plan.layout.audio else weight
         with without_autocast(pixels.device):
-            y.addmm_(patches, kernel.flatten(1).t())
-        return y.view(plan.num_views * tokens.shape[1], plan.len_keep, y.shape[-1])
+            y = _product(patches, kernel.flatten(1), plan.impl, onto=y)
+        return y.view(plan.num_views * pixels.shape[0], plan.len_keep, y.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -101,13 +138,12 @@ class EmbedVisiblePatches(torch.autograd.Function):
         pixels, token_of_rank, mean, std = ctx.saved_tensors
         _, need_weight, need_bias, need_pos, *_ = ctx.needs_input_grad
         plan = ctx.plan
-        tokens = visible_tokens(token_of_rank, plan.len_keep, plan.num_views)
-        grad = grad.flatten(0, 1)
+        grad = grad.flatten(0, 1).contiguous()
         dweight = dbias = dpos = None
         if need_weight:
-            patches = _visible_patches(pixels, tokens, plan.layout, mean, std).to(ctx.dtype)
+            patches = plan.visible_patches(pixels, token_of_rank, mean, std, ctx.dtype)
             with without_autocast(pixels.device):
-                dweight = grad.t() @ patches
+                dweight = _product(patches.t(), grad.t(), plan.impl).t()
             if plan.layout.audio:
                 dweight = dweight.unflatten(1, plan.layout.memory_shape).transpose(1, 2)
             dweight = dweight.reshape(ctx.weight_shape)
@@ -115,6 +151,7 @@ class EmbedVisiblePatches(torch.autograd.Function):
         if need_bias:
             dbias = grad.sum(0, dtype=wide).to(ctx.bias_dtype)
         if need_pos:
+            tokens = visible_tokens(token_of_rank, plan.len_keep, plan.num_views)
             # Adds up rows of equal token in a fixed order, without a dense (B, L, D) in between.
             dpos = torch.ops.aten.embedding_dense_backward(
                 grad.to(wide), tokens.flatten(), ctx.pos_shape[0], -1, False

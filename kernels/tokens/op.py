@@ -9,6 +9,7 @@ from torch import Tensor
 from ..common import check_dtype, check_ndim, check_shape, register_op, resolve
 from ..masking import MaskPlan
 from . import reference
+from .fused import FusedAssembleDecoderInput, FusedGatherTokens
 from .lean import AssembleDecoderInput, EmbedPlan, EmbedVisiblePatches, GatherTokens, Segments
 from .patches import PatchLayout, PatchSize, patch_layout, pixel_statistics
 from .rows import check_device, check_plan
@@ -17,7 +18,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PIXELS = (torch.uint8, *FLOATS)
 
 for _op in ("gather_tokens", "embed_visible_patches", "assemble_decoder_input"):
-    register_op(_op)
+    register_op(_op, impls=("triton", "cpp", "torch"))
 
 
 def gather_tokens(x: Tensor, plan: MaskPlan, *, impl: str = "auto") -> Tensor:
@@ -29,8 +30,11 @@ def gather_tokens(x: Tensor, plan: MaskPlan, *, impl: str = "auto") -> Tensor:
     """
     check_ndim("x", x, 3, "(B, L, D)")
     check_plan("plan", plan, x.shape[0], x.shape[1], x.device)
-    resolve("gather_tokens", impl, x.device.type)
-    return GatherTokens.apply(x, plan.token_of_rank, plan.len_keep, plan.num_views)
+    impl = resolve("gather_tokens", impl, x.device.type)
+    static = plan.len_keep, plan.num_views
+    if impl == "torch":
+        return GatherTokens.apply(x, plan.token_of_rank, *static)
+    return FusedGatherTokens.apply(x, plan.token_of_rank, *static, impl)
 
 
 def embed_visible_patches(
@@ -65,12 +69,12 @@ def embed_visible_patches(
     pos_embed = _table("pos_embed", pos_embed, (layout.num_tokens, weight.shape[0]), pixels.device)
     wide = torch.promote_types(weight.dtype, torch.float32)
     statistics = pixel_statistics(pixels, layout, pixel_mean, pixel_std, wide)
-    resolve("embed_visible_patches", impl, pixels.device.type)
+    impl = resolve("embed_visible_patches", impl, pixels.device.type)
     if pixels.requires_grad and torch.is_grad_enabled():
         return reference.embed_visible_patches(
             pixels, weight, bias, pos_embed, plan, layout.patch, statistics
         )
-    embed_plan = EmbedPlan(layout, plan.len_keep, plan.num_views)
+    embed_plan = EmbedPlan(layout, plan.len_keep, plan.num_views, impl)
     mean, std = statistics or (None, None)
     return EmbedVisiblePatches.apply(
         pixels, weight, bias, pos_embed, plan.token_of_rank, mean, std, embed_plan
@@ -105,11 +109,14 @@ def assemble_decoder_input(
     mask_token = _table("mask_token", mask_token, (dim,), x.device)
     length = sum(plan.num_tokens for plan in plans)
     pos_embed = _table("pos_embed", pos_embed, (length, dim), x.device)
-    resolve("assemble_decoder_input", impl, x.device.type)
+    impl = resolve("assemble_decoder_input", impl, x.device.type)
     keeps = tuple(plan.len_keep for plan in plans)
     segments = Segments(keeps, plans[0].num_views, restore == "released")
-    orders = [plan.token_of_rank for plan in plans]
-    return AssembleDecoderInput.apply(x, mask_token, pos_embed, segments, *orders)
+    if impl == "torch":
+        orders = [plan.token_of_rank for plan in plans]
+        return AssembleDecoderInput.apply(x, mask_token, pos_embed, segments, *orders)
+    ranks = [plan.rank_of_token for plan in plans]
+    return FusedAssembleDecoderInput.apply(x, mask_token, pos_embed, segments, impl, *ranks)
 
 
 def _check_pixels(pixels: Tensor, patch_size: PatchSize, plan: MaskPlan) -> PatchLayout:

@@ -1,5 +1,6 @@
 """InfoNCE on one process: closed forms, gradients, precision, compile, argument errors."""
 
+import functools
 import math
 
 import pytest
@@ -7,8 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdcmae_fast.kernels import info_nce
+from kdcmae_fast import kernels
+from kdcmae_fast.kernels.common import unavailable
 from kdcmae_fast.kernels.contrastive import reference
+
+
+@pytest.fixture(params=["torch", "cpp"])
+def impl(request):
+    problem = unavailable("info_nce", request.param, "cpu")
+    if problem:
+        pytest.skip(problem)
+    return request.param
+
+
+@pytest.fixture
+def info_nce(impl):
+    return functools.partial(kernels.info_nce, impl=impl)
+
+
+cpp = pytest.mark.skipif(
+    unavailable("info_nce", "cpp", "cpu") is not None, reason="kdcmae_fast._C is not built"
+)
 
 
 def naive(a: Tensor, b: Tensor, tau: float | Tensor, symmetric=False, normalize=True) -> Tensor:
@@ -38,7 +58,9 @@ def block_elements(request, monkeypatch):
 @pytest.mark.parametrize("batch", [1, 3, 5, 13])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_values_and_gradients_match_the_definition(batch, symmetric, normalize, block_elements):
+def test_values_and_gradients_match_the_definition(
+    batch, symmetric, normalize, block_elements, info_nce
+):
     a, b = pairs(batch)
     tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(batch, dtype=torch.float64)
@@ -55,7 +77,7 @@ def test_values_and_gradients_match_the_definition(batch, symmetric, normalize, 
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_gradcheck(symmetric):
+def test_gradcheck(symmetric, info_nce):
     a, b = pairs(4, 3)
     tau = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
@@ -67,7 +89,7 @@ def test_gradcheck(symmetric):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("temperature", [0.05, 0.5])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_orthonormal_pairs_have_full_relative_precision(dtype, temperature, symmetric):
+def test_orthonormal_pairs_have_full_relative_precision(dtype, temperature, symmetric, info_nce):
     batch = 6
     eye = torch.eye(batch, dtype=dtype, requires_grad=True)
     exact = math.log1p((batch - 1) * math.exp(-1 / temperature))
@@ -79,14 +101,14 @@ def test_orthonormal_pairs_have_full_relative_precision(dtype, temperature, symm
     assert grad[0, 1].item() == pytest.approx(p / (temperature * batch), rel=1e-5)
 
 
-def test_direction_is_softmax_over_a():
+def test_direction_is_softmax_over_a(info_nce):
     a, b = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     # Both rows of a are alike: over a, each row of b sees a tie.
     assert info_nce(a, b, reduction="none") == pytest.approx(torch.full((2,), math.log(2)))
     assert info_nce(b, a, reduction="none")[0].item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_accuracy_counts_strict_maxima():
+def test_accuracy_counts_strict_maxima(info_nce):
     a, b = pairs(40, 4)
     logits = F.normalize(b, dim=1) @ F.normalize(a, dim=1).t()
     target = torch.arange(40)
@@ -103,7 +125,7 @@ def test_accuracy_counts_strict_maxima():
     assert info_nce(collapsed, collapsed, return_accuracy=True).accuracy == 0
 
 
-def test_one_pair_and_none():
+def test_one_pair_and_none(info_nce):
     a, b = pairs(1)
     result = info_nce(a, b, symmetric=True, return_accuracy=True)
     assert result.loss == 0 and result.accuracy == 1
@@ -116,7 +138,7 @@ def test_one_pair_and_none():
         assert a.grad.shape == (0, 12)
 
 
-def test_invariances():
+def test_invariances(info_nce):
     a, b = pairs(9, grad=False)
     order = torch.randperm(9)
     rotation, _ = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))
@@ -128,7 +150,7 @@ def test_invariances():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_low_precision_stays_within_pytorch_s_own_error(dtype, symmetric, within_budget):
+def test_low_precision_stays_within_pytorch_s_own_error(dtype, symmetric, within_budget, info_nce):
     a, b = pairs(65, 96, dtype)
     loss = info_nce(a, b, symmetric=symmetric)
     assert loss.dtype == torch.float32
@@ -148,7 +170,7 @@ def test_low_precision_stays_within_pytorch_s_own_error(dtype, symmetric, within
 @pytest.mark.parametrize(
     "precision, tolerance", [("fp32", 1e-6), ("fp16", 1e-3), ("bf16", 5e-3), (None, 1e-6)]
 )
-def test_precision_sets_the_operands(precision, tolerance):
+def test_precision_sets_the_operands(precision, tolerance, info_nce):
     a, b = pairs(33, 64, torch.float32, grad=False)
     exact = naive(a.double(), b.double(), 0.5)
     loss = info_nce(a, b, temperature=0.5, precision=precision, reduction="none")
@@ -158,7 +180,7 @@ def test_precision_sets_the_operands(precision, tolerance):
         assert error > 1e-6  # the option did something
 
 
-def test_float16_gradients_survive_small_weights():
+def test_float16_gradients_survive_small_weights(info_nce):
     a, b = pairs(8, 16, torch.float16)
     small = info_nce(a, b, temperature=0.5, reduction="none") * 1e-9
     (grad,) = torch.autograd.grad(small.sum(), b)
@@ -170,7 +192,7 @@ def test_float16_gradients_survive_small_weights():
     assert (grads[0] - grads[1]).norm() <= 2e-3 * grads[1].norm()
 
 
-def test_mixed_dtypes_and_autocast():
+def test_mixed_dtypes_and_autocast(info_nce):
     a, b = pairs(6, 8, torch.float32)
     mixed = info_nce(a.bfloat16(), b)
     assert mixed.item() == pytest.approx(info_nce(a.bfloat16().float(), b).item(), rel=1e-6)
@@ -183,7 +205,7 @@ def test_mixed_dtypes_and_autocast():
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "offset"])
-def test_any_strides(layout):
+def test_any_strides(layout, info_nce):
     if layout == "expanded":
         a, b = torch.randn(1, 8).expand(5, 8), torch.randn(5, 8)
     else:
@@ -199,7 +221,7 @@ def test_any_strides(layout):
 
 @pytest.mark.parametrize("needed", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_partial_gradients(needed, symmetric):
+def test_partial_gradients(needed, symmetric, info_nce):
     values = [*pairs(5, grad=False), torch.tensor(0.2, dtype=torch.float64)]
     leaves = [x.requires_grad_() for x in values]
     a, b, tau = leaves
@@ -219,11 +241,11 @@ def test_only_logits_of_one_block_are_saved(limit, largest, monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(
         lambda x: (saved.append(x.numel()), x)[1], lambda x: x
     ):
-        info_nce(a, b, symmetric=True)
+        kernels.info_nce(a, b, symmetric=True, impl="torch")
     assert max(saved) == largest and saved.count(64 * 64) <= 1
 
 
-def test_deterministic_and_poison_free(poison_empty):
+def test_deterministic_and_poison_free(poison_empty, info_nce):
     a, b = pairs(17, dtype=torch.float32)
     runs = []
     for _ in range(2):
@@ -232,7 +254,7 @@ def test_deterministic_and_poison_free(poison_empty):
     assert all(torch.equal(x, y) and x.isfinite().all() for x, y in zip(*runs, strict=True))
 
 
-def test_non_finite_input_shows():
+def test_non_finite_input_shows(info_nce):
     a, b = pairs(4, grad=False)
     a[1, 2] = math.nan
     assert info_nce(a, b).isnan()
@@ -241,7 +263,7 @@ def test_non_finite_input_shows():
 # Dynamo itself instantiates the autograd.Function it traces.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_compiles_without_breaks(symmetric):
+def test_compiles_without_breaks(symmetric, info_nce):
     compiled = torch.compile(
         lambda a, b, tau: info_nce(a, b, temperature=tau, symmetric=symmetric),
         fullgraph=True,
@@ -265,8 +287,63 @@ def test_opcheck():
     a, b = pairs(5, 4, torch.float32)
     torch.library.opcheck(torch.ops.kdcmae_fast.info_nce, (a, b, torch.tensor(0.1), True, True))
     losses, hits = torch.ops.kdcmae_fast.info_nce(a, b, torch.tensor(0.05), False, True)
-    wanted = info_nce(a, b, reduction="none", return_accuracy=True)
+    wanted = kernels.info_nce(a, b, reduction="none", return_accuracy=True, impl="torch")
     torch.testing.assert_close((losses, hits), tuple(wanted))
+
+
+@cpp
+@pytest.mark.parametrize("columns", [False, True])
+def test_opcheck_cpp(columns):
+    a, b = pairs(5, 4, torch.float32, grad=False)
+    b = b[1:4].bfloat16()
+    operands = (b, a, torch.rand(3), torch.rand(5), torch.tensor(9.0), 1)
+    statistics = torch.ops.kdcmae_fast.info_nce_statistics_cpp.default
+    torch.library.opcheck(statistics, (*operands, columns))
+    by_column = [torch.rand(5 if columns else 0) for _ in range(2)]
+    for logits in (torch.rand(3, 5), torch.empty(0, 0)):
+        targets = (*(torch.rand(3) for _ in range(3)), *by_column, logits)
+        gradients = torch.ops.kdcmae_fast.info_nce_gradients_cpp.default
+        torch.library.opcheck(gradients, (*operands, *targets))
+
+
+@cpp
+@pytest.mark.parametrize("batch, width", [(1100, 7), (1025, 130), (513, 257)])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_cpp_tiles(batch, width, symmetric):
+    """More than one tile of rows and columns, kept and recomputed logits, odd remainders."""
+    results = []
+    for impl in ("torch", "cpp"):
+        torch.manual_seed(3)
+        leaves = [*pairs(batch, width), torch.tensor(0.2, dtype=torch.float64, requires_grad=True)]
+        result = kernels.info_nce(
+            *leaves[:2], temperature=leaves[2], symmetric=symmetric, return_accuracy=True, impl=impl
+        )
+        results.append((*result, *torch.autograd.grad(result.loss, leaves)))
+    for cpp_result, wanted in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(cpp_result, wanted, rtol=1e-9, atol=1e-13)
+
+
+@cpp
+def test_cpp_results_do_not_depend_on_the_number_of_threads():
+    a, b = pairs(1300, 300, torch.float32)
+    runs, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            loss = kernels.info_nce(a, b, symmetric=True, impl="cpp")
+            runs.append((loss, *torch.autograd.grad(loss, (a, b))))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+@cpp
+def test_cpp_keeps_no_copy_of_the_features(saved_storages):
+    a, b = pairs(1100, 64, torch.float32)
+    saved = saved_storages(lambda: kernels.info_nce(a, b, symmetric=True, impl="cpp"))
+    assert {a.data_ptr(), b.data_ptr()} <= set(saved)
+    extra = sum(saved.values()) - 2 * a.numel() * a.element_size()
+    assert extra <= 8 * 4 * 1100  # vectors
 
 
 A = torch.zeros(4, 3)
@@ -295,11 +372,11 @@ A = torch.zeros(4, 3)
 )
 def test_errors_name_the_argument(arguments, options, message):
     with pytest.raises(ValueError, match=message):
-        info_nce(*arguments, **options)
+        kernels.info_nce(*arguments, **options)
 
 
 @pytest.mark.large
-def test_more_than_2_31_logits():
+def test_more_than_2_31_logits(info_nce):
     batch = 47_000
     a, b = pairs(batch, 2, torch.float32)
     loss = info_nce(a, b, symmetric=True, reduction="none")

@@ -1,5 +1,6 @@
 """Distillation losses: the released values, closed forms, gradients, compile, errors."""
 
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from kdcmae_fast.kernels import distillation_loss
+from kdcmae_fast import kernels
+from kdcmae_fast.kernels.common import unavailable
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cav_mae" / "io.safetensors"
 OPTIONS = [
@@ -18,7 +20,21 @@ OPTIONS = [
         ("kl", "kl_12", "js"), ("softmax", "shift", "batch_shift")
     )
 ]
+SHAPES = [(1, 1), (3, 17), (65, 96), (2, 1023)]
 EVERY = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
+
+
+@pytest.fixture(params=["torch", "cpp"])
+def impl(request):
+    problem = unavailable("distillation_loss", request.param, "cpu")
+    if problem:
+        pytest.skip(problem)
+    return request.param
+
+
+@pytest.fixture
+def distillation_loss(impl):
+    return functools.partial(kernels.distillation_loss, impl=impl)
 
 
 def features(batch: int, width: int = 7, dtype=torch.float64) -> tuple[Tensor, Tensor]:
@@ -53,7 +69,7 @@ def row_loop(p: Tensor, q: Tensor, divergence: str, distribution: str) -> Tensor
 
 
 @pytest.mark.parametrize("run", ["released", "corrected"])
-def test_matches_the_released_js_of_batch_shifted_features(run):
+def test_matches_the_released_js_of_batch_shifted_features(run, distillation_loss):
     with safe_open(GOLDEN, framework="pt") as golden:
         z = [golden.get_tensor(f"kdc.{run}.latent_joint{v}").double().mean(1) for v in (1, 2)]
         want = golden.get_tensor(f"kdc.{run}.js_batch_shift_per_sample_times_10") / 10
@@ -63,7 +79,7 @@ def test_matches_the_released_js_of_batch_shifted_features(run):
 
 @EVERY
 @pytest.mark.parametrize("batch", [1, 3, 10])
-def test_matches_the_formulas(options, batch):
+def test_matches_the_formulas(options, batch, distillation_loss):
     p, q = features(batch)
     want = row_loop(p, q, **options)
     rows = distillation_loss(p, q, reduction="none", **options)
@@ -72,14 +88,14 @@ def test_matches_the_formulas(options, batch):
 
 
 @EVERY
-def test_gradcheck(options):
+def test_gradcheck(options, distillation_loss):
     p, q = features(4, 5)
     assert torch.autograd.gradcheck(
         lambda p, q: distillation_loss(p, q, reduction="none", **options), (p, q), atol=1e-4
     )
 
 
-def test_two_classes_in_closed_form():
+def test_two_classes_in_closed_form(distillation_loss):
     # softmax([log 3, 0]) = (3/4, 1/4), softmax([0, 0]) = (1/2, 1/2)
     p = torch.tensor([[math.log(3), 0.0]], dtype=torch.float64)
     q = torch.zeros(1, 2, dtype=torch.float64)
@@ -98,7 +114,7 @@ def test_two_classes_in_closed_form():
 
 
 @EVERY
-def test_equal_views_give_zero_and_symmetric_ones_commute(options):
+def test_equal_views_give_zero_and_symmetric_ones_commute(options, distillation_loss):
     p, q = features(6)
     assert distillation_loss(p, p.detach(), **options).item() == pytest.approx(0, abs=1e-15)
     there, back = distillation_loss(p, q, **options), distillation_loss(q, p, **options)
@@ -106,7 +122,7 @@ def test_equal_views_give_zero_and_symmetric_ones_commute(options):
     assert there > 0
 
 
-def test_batch_shift_couples_the_batch_and_shift_does_not():
+def test_batch_shift_couples_the_batch_and_shift_does_not(distillation_loss):
     p, q = (x.detach() for x in features(6))
     p[4, 0] = -10.0
     for distribution, coupled in (("batch_shift", True), ("shift", False), ("softmax", False)):
@@ -115,7 +131,7 @@ def test_batch_shift_couples_the_batch_and_shift_does_not():
         assert torch.allclose(whole[:1], part) != coupled
 
 
-def test_small_softmax_kl_keeps_its_relative_precision():
+def test_small_softmax_kl_keeps_its_relative_precision(distillation_loss):
     p = torch.randn(4, 768)
     q = p + 1e-3 * torch.randn(4, 768)
     exact = distillation_loss(p.double(), q.double(), reduction="none")
@@ -124,7 +140,7 @@ def test_small_softmax_kl_keeps_its_relative_precision():
     assert (loss > 0).all()
 
 
-def test_stop_gradient_is_for_the_teacher_only():
+def test_stop_gradient_is_for_the_teacher_only(distillation_loss):
     p, q = features(3)
     loss = distillation_loss(p, q, divergence="kl_12", stop_gradient=True)
     loss.backward()
@@ -134,7 +150,7 @@ def test_stop_gradient_is_for_the_teacher_only():
 
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_inputs_compute_in_float32(options, dtype):
+def test_low_precision_inputs_compute_in_float32(options, dtype, distillation_loss):
     p, q = features(5, 33, dtype)
     loss = distillation_loss(p, q, **options)
     assert loss.dtype == torch.float32
@@ -152,7 +168,7 @@ def test_low_precision_inputs_compute_in_float32(options, dtype):
 
 
 @EVERY
-def test_empty_batches_and_rows_without_mass(options):
+def test_empty_batches_and_rows_without_mass(options, distillation_loss):
     for reduction, shape in (("mean", ()), ("none", (0,))):
         p, q = features(0)
         loss = distillation_loss(p, q, reduction=reduction, **options)
@@ -165,7 +181,7 @@ def test_empty_batches_and_rows_without_mass(options):
     assert loss.isfinite() and flat.grad.isfinite().all()
 
 
-def test_any_strides_and_partial_gradients():
+def test_any_strides_and_partial_gradients(distillation_loss):
     p, q = torch.randn(9, 6).t(), torch.randn(6, 18)[:, ::2].requires_grad_()
     loss = distillation_loss(p, q, divergence="js")
     again = distillation_loss(p.contiguous(), q.detach().contiguous(), divergence="js")
@@ -175,14 +191,16 @@ def test_any_strides_and_partial_gradients():
 
 
 @EVERY
-def test_deterministic(options):
+def test_deterministic(options, distillation_loss):
     p, q = features(4, dtype=torch.float32)
     runs = [torch.autograd.grad(distillation_loss(p, q, **options), (p, q)) for _ in range(2)]
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
+# Dynamo itself instantiates the autograd.Function it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("options", OPTIONS[::4], ids=lambda o: "-".join(o.values()))
-def test_compiles_without_breaks(options):
+def test_compiles_without_breaks(options, distillation_loss):
     torch._dynamo.reset()
     compiled = torch.compile(distillation_loss, fullgraph=True, backend="aot_eager", dynamic=True)
     for batch in (4, 6):
@@ -196,9 +214,71 @@ def test_compiles_without_breaks(options):
 
 
 @pytest.mark.parametrize("divergence, distribution", [("kl", "softmax"), ("js", "batch_shift")])
-def test_opcheck(divergence, distribution):
-    op = torch.ops.kdcmae_fast.distillation_loss
-    torch.library.opcheck(op, (*features(3, 4, torch.float32), divergence, distribution, 1.0))
+def test_opcheck(divergence, distribution, impl):
+    p, q = features(3, 4, torch.float32)
+    options = (divergence, distribution, 1.0)
+    if impl == "torch":
+        torch.library.opcheck(torch.ops.kdcmae_fast.distillation_loss, (p, q, *options))
+        return
+    ops = torch.ops.kdcmae_fast
+    p, q = p.detach(), q.detach().bfloat16()
+    torch.library.opcheck(getattr(ops, f"distillation_rows_{impl}").default, (p, q, *options))
+    backward = getattr(ops, f"distillation_rows_grad_{impl}").default
+    torch.library.opcheck(backward, (torch.randn(3), p, q, *options))
+
+
+@EVERY
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_stays_within_pytorch_s_own_error(options, shape, dtype, distillation_loss, three_way):
+    p, q = (x.detach() for x in features(*shape, dtype))
+
+    def plain(p, q):
+        return kernels.distillation_loss(p, q, reduction="none", impl="torch", **options)
+
+    three_way(functools.partial(distillation_loss, reduction="none", **options), plain, (p, q))
+
+
+@EVERY
+def test_results_do_not_depend_on_the_number_of_threads(options, distillation_loss):
+    p, q = features(700, 16, torch.float32)
+    runs, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            loss = distillation_loss(p, q, reduction="none", **options)
+            runs.append((loss, *torch.autograd.grad(loss.sum(), (p, q))))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 80.0, 1e4])
+def test_cpp_exponentials_and_logarithms_reach_over_the_range(scale):
+    if unavailable("distillation_loss", "cpp", "cpu"):
+        pytest.skip(unavailable("distillation_loss", "cpp", "cpu"))
+    for dtype, tolerance in ((torch.float32, 3e-5), (torch.float64, 1e-13)):
+        p, q = (scale * torch.randn(5, 40, dtype=dtype) for _ in range(2))
+        for options in OPTIONS:
+            want = kernels.distillation_loss(p.double(), q.double(), impl="torch", **options)
+            loss = kernels.distillation_loss(p, q, impl="cpp", **options)
+            torch.testing.assert_close(loss.double(), want, rtol=tolerance, atol=tolerance * 1e-2)
+
+
+@EVERY
+def test_not_a_number_shows(options, distillation_loss):
+    p, q = (x.detach() for x in features(3))
+    p[1, 2] = math.nan
+    assert distillation_loss(p, q, reduction="none", **options)[1].isnan()
+    assert distillation_loss(q, p, reduction="none", **options)[1].isnan()
+
+
+def test_cpp_keeps_only_the_inputs_for_backward(saved_storages):
+    if unavailable("distillation_loss", "cpp", "cpu"):
+        pytest.skip(unavailable("distillation_loss", "cpp", "cpu"))
+    p, q = features(6, dtype=torch.bfloat16)
+    saved = saved_storages(lambda: kernels.distillation_loss(p, q, impl="cpp"))
+    assert set(saved) == {p.data_ptr(), q.data_ptr()}
 
 
 P = torch.zeros(4, 3)
@@ -223,9 +303,9 @@ P = torch.zeros(4, 3)
         ),
         ((P, P), {"stop_gradient": True}, "stop_gradient needs a teacher: .* got 'kl'"),
         ((P, P), {"reduction": "sum"}, "reduction must be 'mean' or 'none', got 'sum'"),
-        ((P, P), {"impl": "triton"}, "impl='triton' of distillation_loss is not available here"),
+        ((P, P), {"impl": "cuda"}, "impl='cuda' of distillation_loss is not available here"),
     ],
 )
 def test_errors_name_the_argument(arguments, options, message):
     with pytest.raises(ValueError, match=message):
-        distillation_loss(*arguments, **options)
+        kernels.distillation_loss(*arguments, **options)

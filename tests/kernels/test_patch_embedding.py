@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcmae_fast.kernels import MaskPlan, complementary_masks, embed_visible_patches
+from kdcmae_fast.kernels.common import unavailable
 from kdcmae_fast.kernels.tokens import gather_patches, patch_grid, patchify, reference, unpatchify
 from kdcmae_fast.kernels.tokens.rows import visible_tokens
 
@@ -17,6 +18,20 @@ LAYOUTS = {
     "square": ((2, 1, 16, 16), (4, 4)),
     "video": ((2, 3, 4, 6, 9), (2, 3, 3)),
 }
+
+
+@pytest.fixture(autouse=True, scope="module", params=("torch", "cpp"))
+def impl(request):
+    """The implementation behind impl="auto" in this file; each test runs with every one."""
+    problem = unavailable("embed_visible_patches", request.param, "cpu")
+    if problem:
+        pytest.skip(problem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDCMAE_IMPL", request.param)
+        # Makes at::empty, too, hand out memory filled with NaN.
+        torch.use_deterministic_algorithms(request.param == "cpp")
+        yield request.param
+        torch.use_deterministic_algorithms(False)
 
 
 def make_plan(batch: int, grid: tuple[int, ...], ratio: float = 0.7, views: int = 2) -> MaskPlan:
@@ -297,6 +312,38 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.kdcmae_fast.embed_visible_patches.default, arguments)
 
 
+@pytest.mark.parametrize("pixel_dtype", (torch.uint8, torch.float32), ids=str)
+def test_opcheck_compiled(impl, pixel_dtype):
+    if impl == "torch":
+        pytest.skip("has no op of its own")
+    pixels, patch, plan, _ = embedding_case("image", torch.float32, pixel_dtype)
+    _, tensors = statistics(pixels, torch.float32)
+    static = (plan.token_of_rank, plan.len_keep, 2, patch, torch.bfloat16)
+    operator = getattr(torch.ops.kdcmae_fast, f"visible_patches_{impl}").default
+    torch.library.opcheck(operator, (pixels, *(tensors or (None, None)), *static))
+
+
+def test_compiled_op_checks_its_arguments(impl):
+    if impl != "cpp":
+        pytest.skip("checks of the C++ op")
+    pixels, patch, plan, _ = embedding_case("image", torch.float32)
+
+    def call(pixels=pixels, plan=plan.token_of_rank, patch=patch, keep=1, views=2):
+        arguments = (pixels, None, None, plan, keep, views, patch, torch.float32)
+        return torch.ops.kdcmae_fast.visible_patches_cpp(*arguments)
+
+    for change, message in (
+        ({"pixels": pixels.byte()}, "uint8 pixels need one mean"),
+        ({"pixels": pixels[0, 0]}, "pixels have 2 axes"),
+        ({"patch": (5, 5)}, "patch_size 5 does not divide 28"),
+        ({"patch": (5,)}, "patch_size has 1 axes"),
+        ({"plan": plan.token_of_rank + 1}, "names token 21 of 21"),
+        ({"keep": 11}, "2 views of 11 tokens do not fit into 21"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(**change)
+
+
 @pytest.mark.large
 def test_embedding_past_int32():
     batch = 14500
@@ -306,6 +353,6 @@ def test_embedding_past_int32():
     weight, bias, pos = torch.randn(8, 3, 16, 16), torch.randn(8), torch.randn(196, 8)
     plan = make_plan(batch, (14, 14), 0.98, views=1)
     y = embed_visible_patches(pixels, weight, bias, pos, plan, patch_size=16)
-    last = plan._replace(token_of_rank=plan.token_of_rank[-1:])
+    last = plan._replace(token_of_rank=plan[0][-1:], rank_of_token=plan[1][-1:])
     expected = embed_visible_patches(pixels[-1:], weight, bias, pos, last, patch_size=16)
     torch.testing.assert_close(y[-1:], expected)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kdcmae_fast.kernels import MaskPlan, complementary_masks, masked_reconstruction_loss
+from kdcmae_fast.kernels.common import unavailable
 from kdcmae_fast.kernels.reconstruction import reference
 from kdcmae_fast.kernels.tokens import patch_grid, patchify, unpatchify
 
@@ -21,6 +22,20 @@ LAYOUTS = {
     "video": ((2, 3, 4, 6, 9), (2, 3, 3)),
 }
 STATISTICS = {"pixel_mean": (0.4, 0.45, 0.5), "pixel_std": (0.2, 0.25, 0.3)}
+
+
+@pytest.fixture(autouse=True, scope="module", params=("torch", "cpp"))
+def impl(request):
+    """The implementation behind impl="auto" in this file; each test runs with every one."""
+    problem = unavailable("masked_reconstruction_loss", request.param, "cpu")
+    if problem:
+        pytest.skip(problem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDCMAE_IMPL", request.param)
+        # Makes at::empty, too, hand out memory filled with NaN.
+        torch.use_deterministic_algorithms(request.param == "cpp")
+        yield request.param
+        torch.use_deterministic_algorithms(False)
 
 
 def make_plan(batch: int, grid: tuple[int, ...], ratio: float = 0.7, views: int = 2) -> MaskPlan:
@@ -272,8 +287,8 @@ def test_saves_two_numbers_per_masked_patch(saved_storages):
     saved = saved_storages(
         lambda: masked_reconstruction_loss(pred, pixels, plan, patch_size=patch, **STATISTICS)
     )
-    inputs = {tensor.data_ptr() for tensor in (pred, pixels, plan.token_of_rank)}
-    assert inputs <= set(saved)
+    inputs = {tensor.data_ptr() for tensor in (pred, pixels, *plan[:2])}
+    assert {pred.data_ptr(), pixels.data_ptr()} <= set(saved)
     extra = sum(size for pointer, size in saved.items() if pointer not in inputs)
     assert extra <= 8 * pred.shape[0] * pred.shape[1] + 2 * 3 * 4
 
@@ -321,6 +336,64 @@ def test_opcheck():
     torch.library.opcheck(operator, (pred, pixels, *statistics, *arguments))
 
 
+@pytest.mark.parametrize("masked_only", (False, True))
+def test_opcheck_compiled(impl, masked_only):
+    if impl == "torch":
+        pytest.skip("has no ops of its own")
+    pixels, patch, plan, pred = case("image", torch.bfloat16, "masked", torch.uint8)
+    pred = pred if masked_only else torch.randn(6, 21, 60)
+    statistics = [torch.tensor(values) for values in STATISTICS.values()]
+    static = (plan.rank_of_token, plan.len_keep, 2, patch, True, masked_only)
+    arguments = (pred, pixels, *statistics, *static)
+    ops = torch.ops.kdcmae_fast
+    torch.library.opcheck(getattr(ops, f"reconstruction_loss_{impl}").default, arguments)
+    operator = getattr(ops, f"reconstruction_loss_backward_{impl}").default
+    torch.library.opcheck(operator, (torch.randn(6), *arguments))
+
+
+def test_compiled_op_checks_its_arguments(impl):
+    if impl != "cpp":
+        pytest.skip("checks of the C++ op")
+    pixels, patch, plan, pred = case("image", torch.float32, pixel_dtype=torch.float32)
+    ranks = plan.rank_of_token
+
+    def call(pred=pred, ranks=ranks, keep=6, masked_only=False):
+        return torch.ops.kdcmae_fast.reconstruction_loss_cpp(
+            pred, pixels, None, None, ranks, keep, 2, patch, True, masked_only
+        )
+
+    for change, message in (
+        ({"pred": pred[:, :5]}, "pred has shape"),
+        ({"masked_only": True}, "pred has shape"),
+        ({"ranks": ranks + 1}, "names token 21 of 21"),
+        ({"ranks": ranks.int()}, "int16"),
+        ({"keep": 11}, "2 views of 11 tokens do not fit into 21"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(**change)
+    with pytest.raises(ValueError, match="grad has shape"):
+        torch.ops.kdcmae_fast.reconstruction_loss_backward_cpp(
+            torch.zeros(5), pred, pixels, None, None, ranks, 6, 2, patch, True, False
+        )
+
+
+def test_the_number_of_threads_changes_no_bit(impl):
+    if impl != "cpp":
+        pytest.skip("torch promises no such thing")
+    pixels, patch, plan, pred = case("image", torch.float32, pixel_dtype=torch.float32)
+    pred.requires_grad_()
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            loss = masked_reconstruction_loss(pred, pixels, plan, patch_size=patch)
+            results.append([loss, torch.autograd.grad(loss, pred)[0]])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
+
+
 # torch's tracer and its inductor use what torch itself has deprecated.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("backend", ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
@@ -359,7 +432,7 @@ def test_past_int32():
     assert pred.numel() > 2**31
     pred[-1] = torch.randn(512, 256)
     rows = masked_reconstruction_loss(pred, pixels, plan, patch_size=16, reduction="none")
-    last = plan._replace(token_of_rank=plan.token_of_rank[-1:])
+    last = plan._replace(token_of_rank=plan[0][-1:], rank_of_token=plan[1][-1:])
     expected = masked_reconstruction_loss(
         pred[-1:], pixels[-1:], last, patch_size=16, reduction="none"
     )

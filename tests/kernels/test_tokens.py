@@ -12,10 +12,25 @@ from kdcmae_fast.kernels import (
     embed_visible_patches,
     gather_tokens,
 )
+from kdcmae_fast.kernels.common import unavailable
 from kdcmae_fast.kernels.tokens import reference
 from kdcmae_fast.kernels.tokens.rows import masked_tokens, visible_tokens
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True, scope="module", params=("torch", "cpp"))
+def impl(request):
+    """The implementation behind impl="auto" in this file; each test runs with every one."""
+    problem = unavailable("gather_tokens", request.param, "cpu")
+    if problem:
+        pytest.skip(problem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDCMAE_IMPL", request.param)
+        # Makes at::empty, too, hand out memory filled with NaN.
+        torch.use_deterministic_algorithms(request.param == "cpp")
+        yield request.param
+        torch.use_deterministic_algorithms(False)
 
 
 def make_plan(batch: int, grid: tuple[int, ...], ratio: float = 0.7, views: int = 2) -> MaskPlan:
@@ -239,7 +254,8 @@ class TestAssembleDecoderInput:
         plans, leaves = decoder_case(torch.float32)
         leaves = [leaf.requires_grad_() for leaf in leaves]
         saved = saved_storages(lambda: assemble_decoder_input(leaves[0], plans, *leaves[1:]))
-        assert set(saved) == {plan.token_of_rank.data_ptr() for plan in plans}
+        inputs = {order.data_ptr() for plan in plans for order in plan[:2]}
+        assert len(saved) == len(plans) and set(saved) <= inputs
 
     @pytest.mark.parametrize(
         "change, message",
@@ -276,6 +292,47 @@ def test_opcheck():
     x = torch.randn(4, 2 * keep, 5, requires_grad=True)
     arguments = (x, mask_token, pos, [order, order], [keep, keep], 2, False)
     torch.library.opcheck(ops.assemble_decoder_input.default, arguments)
+
+
+@pytest.mark.parametrize("name", ("gather_rows", "assemble"))
+def test_opcheck_compiled(name, impl):
+    if impl == "torch":
+        pytest.skip("has no ops of its own")
+    ops, plan = torch.ops.kdcmae_fast, make_plan(2, (2, 6))
+    static = (plan.len_keep, 2)
+
+    def check(op, *arguments):
+        torch.library.opcheck(getattr(ops, f"{op}_{impl}").default, arguments)
+
+    if name == "gather_rows":
+        check("gather_rows", torch.randn(2, 12, 5), plan.token_of_rank, *static)
+        grad = torch.randn(4, plan.len_keep, 5)
+        check("gather_rows_backward", grad, plan.token_of_rank, *static)
+        return
+    ranks, keeps, keep = [plan.rank_of_token] * 2, [plan.len_keep] * 2, plan.len_keep
+    table = torch.randn(24, 5)
+    check("assemble", torch.randn(4, 2 * keep, 5), table, table, ranks, keeps, 2, False)
+    for op in ("assemble_backward", "assemble_backward_pos"):
+        check(op, torch.randn(4, 24, 5), ranks, keeps, 2, False)
+
+
+def test_compiled_ops_check_what_they_index_with(impl):
+    if impl != "cpp":
+        pytest.skip("checks of the C++ ops")
+    ops = torch.ops.kdcmae_fast
+    x, order = torch.randn(2, 6, 5), make_plan(2, (6,), 0.5).token_of_rank
+    for plan, message in ((order + 1, "names token 6 of 6"), (order - 1, "names token -1"),
+                          (order.long(), "int16"), (order[:1], "must be")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            ops.gather_rows_cpp(x, plan, 3, 2)
+    with pytest.raises(ValueError, match="3 views of 3 tokens do not fit into 6"):
+        ops.gather_rows_cpp(x, order, 3, 3)
+    with pytest.raises(ValueError, match="grad has shape"):
+        ops.gather_rows_backward_cpp(x, order, 3, 2)
+    with pytest.raises(ValueError, match="x has shape"):
+        ops.assemble_cpp(x, torch.zeros(6, 5), torch.zeros(6, 5), [order], [3], 2, False)
+    with pytest.raises(ValueError, match="pos has shape"):
+        ops.assemble_cpp(torch.zeros(4, 3, 5), x[0, :5], x[0], [order], [3], 2, False)
 
 
 def token_step(pixels, weight, bias, pos, mask_token, decoder_pos, plan):
@@ -321,6 +378,23 @@ def test_two_runs_give_the_same_bits():
     assert all(torch.equal(*pair) for pair in zip(run(), run(), strict=True))
 
 
+def test_the_number_of_threads_changes_no_bit(impl):
+    if impl != "cpp":
+        pytest.skip("torch promises no such thing")
+    plan, threads = make_plan(5, (8, 12)), torch.get_num_threads()
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((10, 28, 33), (33,), (96, 33))]
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            y = assemble_decoder_input(leaves[0], [plan], *leaves[1:])
+            results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
+
+
 @pytest.mark.large
 def test_gather_past_int32():
     """2.2e9 elements forward (uint8), and backward (half precision: 4.4 GB)."""
@@ -346,6 +420,6 @@ def test_assembly_past_int32():
     mask_token, pos = torch.randn(512).half(), torch.zeros(708, 512).half()
     y = assemble_decoder_input(x, plans, mask_token, pos)
     assert y.numel() > 2**31
-    last = [plan._replace(token_of_rank=plan.token_of_rank[-1:]) for plan in plans]
+    last = [plan._replace(token_of_rank=plan[0][-1:], rank_of_token=plan[1][-1:]) for plan in plans]
     expected = assemble_decoder_input(x[[batch - 1, -1]], last, mask_token, pos)
     assert torch.equal(y[-1], expected[-1])

@@ -1,0 +1,314 @@
+// The masked reconstruction loss on the CPU: kernels/reconstruction/README.md has the maths.
+//
+// A patch is formed once for all views that lack it and stays in the first-level cache: pixels and
+// predictions are read from memory once. Statistics are those of the patch minus its first value,
+// centred before they are squared. Row sums run in token order whatever the number of threads.
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "patches.h"
+#include "vector_math.h"
+
+// Vectors are passed between inlined functions only, so no calling convention is at stake.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+namespace kdcmae_fast {
+namespace {
+
+constexpr double kEps = 1e-6;  // inside the square root of the patch deviation
+constexpr int64_t kGrain = 16;  // patches
+
+// 64 bytes of T: one register or several, whatever the instruction set of the clone has.
+template <class T>
+struct Lanes {
+  typedef T Type __attribute__((vector_size(64)));
+  static constexpr int64_t kCount = 64 / int64_t(sizeof(T));
+};
+
+// term(x values, i) summed over i in [0, n), always in the same order; term may change x.
+template <class T, class Term>
+KDCMAE_INLINE T sum_terms(int64_t n, Term term) {
+  using V = typename Lanes<T>::Type;
+  constexpr int64_t kCount = Lanes<T>::kCount;
+  V sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kCount <= n; i += 4 * kCount) {
+    sums[0] += term(i, V{});
+    sums[1] += term(i + kCount, V{});
+    sums[2] += term(i + 2 * kCount, V{});
+    sums[3] += term(i + 3 * kCount, V{});
+  }
+  for (; i + kCount <= n; i += kCount) sums[0] += term(i, V{});
+  const V all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  T total = 0;
+  for (; i < n; ++i) total += term(i, T{});
+  for (int64_t lane = 0; lane < kCount; ++lane) total += all[lane];
+  return total;
+}
+
+template <class V, class T>
+KDCMAE_INLINE V load(const T* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+// Subtract `offset` from x; the sum of the results, or of their squares.
+template <class T, bool squares>
+KDCMAE_INLINE T shifted_sum(T* x, int64_t n, T offset) {
+  return sum_terms<T>(n, [&](int64_t i, auto zero) KDCMAE_LAMBDA {
+    using V = decltype(zero);
+    const V y = load<V>(x + i) - offset;
+    std::memcpy(x + i, &y, sizeof y);
+    return squares ? y * y : y;
+  });
+}
+
+template <class T>
+KDCMAE_INLINE void normalize(T* x, int64_t n) {
+  const T mean = shifted_sum<T, false>(x, n, x[0]) / T(n);
+  const T squares = shifted_sum<T, true>(x, n, mean);
+  const T rstd = T(1) / std::sqrt(squares / T(n - 1) + T(kEps));
+  for (int64_t i = 0; i < n; ++i) x[i] *= rstd;
+}
+
+template <class T>
+KDCMAE_INLINE T squared_error(const T* x, const T* y, int64_t n) {
+  return sum_terms<T>(n, [&](int64_t i, auto zero) KDCMAE_LAMBDA {
+    using V = decltype(zero);
+    const V error = load<V>(x + i) - load<V>(y + i);
+    return error * error;
+  });
+}
+
+template <class T>
+KDCMAE_INLINE void scaled_error(const T* x, const T* y, T scale, int64_t n, T* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = (x[i] - y[i]) * scale;
+}
+
+// Clones cannot be templates.
+KDCMAE_CLONES void normalize_patch(float* x, int64_t n) { normalize(x, n); }
+KDCMAE_CLONES void normalize_patch(double* x, int64_t n) { normalize(x, n); }
+KDCMAE_CLONES float error_of(const float* x, const float* y, int64_t n) {
+  return squared_error(x, y, n);
+}
+KDCMAE_CLONES double error_of(const double* x, const double* y, int64_t n) {
+  return squared_error(x, y, n);
+}
+KDCMAE_CLONES void error_into(const float* x, const float* y, float w, int64_t n, float* out) {
+  scaled_error(x, y, w, n, out);
+}
+KDCMAE_CLONES void error_into(const double* x, const double* y, double w, int64_t n, double* out) {
+  scaled_error(x, y, w, n, out);
+}
+
+// The patches of one batch and the plan of its views.
+struct Task {
+  Task(const at::Tensor& pred_in, const at::Tensor& pixels_in,
+       const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& std,
+       const at::Tensor& rank_of_token, int64_t keep, int64_t num_views, at::IntArrayRef patch,
+       bool norm, bool masked_only)
+      : pixels(pixels_in.contiguous()), pred(pred_in.contiguous()),
+        plan(rank_of_token.contiguous()), p(pixels, patch), len_keep(keep), views(num_views),
+        norm_pix(norm), only_masked(masked_only), masked(p.tokens - keep) {
+    check_order(rank_of_token, p.batch, p.tokens);
+    check_views(p.tokens, keep, views);
+    const int64_t rows = only_masked ? masked : p.tokens;
+    TORCH_CHECK_VALUE(pred.dim() == 3 && pred.size(0) == views * p.batch && pred.size(1) == rows &&
+                          pred.size(2) == p.values, "pred has shape ", pred.sizes());
+    TORCH_CHECK_VALUE(masked > 0 && (!norm || p.values > 1), "nothing to normalise or to predict");
+    const Normalization n = normalization(pixels, p.channels, mean, std);
+    for (int64_t i = 0; i < p.values; ++i) {
+      const int64_t memory = p.target[i];
+      places.push_back(p.runs[memory / p.run] + memory % p.run);
+      if (!n.scale.defined()) continue;
+      const int64_t channel = memory / (p.values / p.channels);
+      scale.push_back(n.scale.const_data_ptr<double>()[channel]);
+      shift.push_back(n.shift.const_data_ptr<double>()[channel]);
+    }
+  }
+
+  // Which of the view's masked tokens this one is, or -1 if it is visible.
+  int64_t masked_index(int64_t view, int64_t b, int64_t token) const {
+    int64_t index = plan.const_data_ptr<int16_t>()[b * p.tokens + token] - (view + 1) * len_keep;
+    if (index < 0) index += p.tokens;
+    return index < masked ? index : -1;
+  }
+
+  // The row of pred, counted over the batch, that predicts `token`.
+  int64_t pred_row(int64_t row, int64_t token, int64_t index) const {
+    return only_masked ? row * masked + index : row * p.tokens + token;
+  }
+
+  template <class Pixel, class T>
+  void target(int64_t b, int64_t token, const T* scales, const T* shifts, T* out) const {
+    const Pixel* from = pixels.const_data_ptr<Pixel>() + b * p.sample + p.first[token];
+    const int64_t* place = places.data();
+    for (int64_t i = 0; i < p.values; ++i) {
+      if constexpr (std::is_same_v<Pixel, uint8_t>) {
+        out[i] = T(from[place[i]]) * scales[i] - shifts[i];
+      } else {
+        out[i] = static_cast<T>(from[place[i]]);
+      }
+    }
+    if (norm_pix) normalize_patch(out, p.values);
+  }
+
+  at::Tensor pixels, pred, plan;
+  Patches p;
+  int64_t len_keep, views;
+  bool norm_pix, only_masked;
+  int64_t masked;
+  std::vector<int64_t> places;
+  std::vector<double> scale, shift;
+};
+
+// visit(Pixel{}, Pred{}, T{}) with the types of this task; T is what it computes in.
+template <class F>
+void dispatch(const Task& task, const F& visit) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, task.pred.scalar_type(), "pred", [&] {
+    using Pred = scalar_t;
+    if (task.pixels.scalar_type() == at::kByte) return visit(uint8_t{}, Pred{}, Wide<Pred>{});
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kHalf, at::kBFloat16, task.pixels.scalar_type(), "pixels", [&] {
+          using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, Wide<Pred>>;
+          visit(scalar_t{}, Pred{}, T{});
+        });
+  });
+}
+
+// The row itself where it has the type to compute in, else converted into `scratch`.
+template <class T, class Pred>
+const T* as_wide(const Pred* row, int64_t n, T* scratch) {
+  if constexpr (std::is_same_v<T, Pred>) return row;
+  convert(row, n, scratch);
+  return scratch;
+}
+
+template <class Pixel, class Pred, class T>
+void forward_range(const Task& task, int64_t begin, int64_t end, T* errors) {
+  const Patches& p = task.p;
+  const std::vector<T> scale(task.scale.begin(), task.scale.end());
+  const std::vector<T> shift(task.shift.begin(), task.shift.end());
+  std::vector<T> target(p.values), scratch(p.values);
+  const Pred* pred = task.pred.const_data_ptr<Pred>();
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t b = i / p.tokens, token = p.in_memory_order(i % p.tokens);
+    bool formed = false;
+    for (int64_t view = 0; view < task.views; ++view) {
+      const int64_t row = view * p.batch + b, index = task.masked_index(view, b, token);
+      if (index < 0) {
+        errors[row * p.tokens + token] = T(0);
+        continue;
+      }
+      if (!formed) task.target<Pixel>(b, token, scale.data(), shift.data(), target.data());
+      formed = true;
+      const Pred* own = pred + task.pred_row(row, token, index) * p.values;
+      errors[row * p.tokens + token] =
+          error_of(as_wide(own, p.values, scratch.data()), target.data(), p.values);
+    }
+  }
+}
+
+// Loss of every row, (K*B,), float64 if pred or pixels are, else float32.
+at::Tensor loss(const at::Tensor& pred, const at::Tensor& pixels,
+                const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& std,
+                const at::Tensor& rank_of_token, int64_t len_keep, int64_t num_views,
+                at::IntArrayRef patch, bool norm_pix, bool masked_only) {
+  const Task task(pred, pixels, mean, std, rank_of_token, len_keep, num_views, patch, norm_pix,
+                  masked_only);
+  const Patches& p = task.p;
+  const int64_t rows = num_views * p.batch;
+  at::Tensor out;
+  dispatch(task, [&](auto pixel, auto value, auto wide) {
+    using T = decltype(wide);
+    out = at::empty({rows}, pred.options().dtype(c10::CppTypeToScalarType<T>::value));
+    std::vector<T> errors(rows * p.tokens);
+    at::parallel_for(0, p.batch * p.tokens, kGrain, [&](int64_t begin, int64_t end) {
+      forward_range<decltype(pixel), decltype(value)>(task, begin, end, errors.data());
+    });
+    T* result = out.mutable_data_ptr<T>();
+    for (int64_t row = 0; row < rows; ++row) {
+      double sum = 0;
+      for (int64_t token = 0; token < p.tokens; ++token) sum += errors[row * p.tokens + token];
+      result[row] = T(sum / double(task.masked * p.values));
+    }
+  });
+  return out;
+}
+
+template <class Pixel, class Pred, class T>
+void backward_range(const Task& task, int64_t begin, int64_t end, const T* weights, Pred* dpred) {
+  const Patches& p = task.p;
+  const std::vector<T> scale(task.scale.begin(), task.scale.end());
+  const std::vector<T> shift(task.shift.begin(), task.shift.end());
+  std::vector<T> target(p.values), scratch(p.values);
+  const Pred* pred = task.pred.const_data_ptr<Pred>();
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t b = i / p.tokens, token = p.in_memory_order(i % p.tokens);
+    bool formed = false;
+    for (int64_t view = 0; view < task.views; ++view) {
+      const int64_t row = view * p.batch + b, index = task.masked_index(view, b, token);
+      if (index < 0 && task.only_masked) continue;
+      const int64_t place = task.pred_row(row, token, index) * p.values;
+      if (index < 0) {
+        std::memset(static_cast<void*>(dpred + place), 0, p.values * sizeof(Pred));
+        continue;
+      }
+      if (!formed) task.target<Pixel>(b, token, scale.data(), shift.data(), target.data());
+      formed = true;
+      const T* own = as_wide(pred + place, p.values, scratch.data());
+      if constexpr (std::is_same_v<T, Pred>) {
+        error_into(own, target.data(), weights[row], p.values, dpred + place);
+      } else {
+        error_into(own, target.data(), weights[row], p.values, scratch.data());
+        convert(scratch.data(), p.values, dpred + place);
+      }
+    }
+  }
+}
+
+// grad (K*B,) -> dpred, in shape and dtype of pred.
+at::Tensor loss_backward(const at::Tensor& grad, const at::Tensor& pred, const at::Tensor& pixels,
+                         const std::optional<at::Tensor>& mean,
+                         const std::optional<at::Tensor>& std, const at::Tensor& rank_of_token,
+                         int64_t len_keep, int64_t num_views, at::IntArrayRef patch, bool norm_pix,
+                         bool masked_only) {
+  const Task task(pred, pixels, mean, std, rank_of_token, len_keep, num_views, patch, norm_pix,
+                  masked_only);
+  const Patches& p = task.p;
+  TORCH_CHECK_VALUE(grad.dim() == 1 && grad.size(0) == num_views * p.batch, "grad has shape ",
+                    grad.sizes());
+  at::Tensor dpred = at::empty_like(task.pred, at::MemoryFormat::Contiguous);
+  dispatch(task, [&](auto pixel, auto value, auto wide) {
+    using T = decltype(wide);
+    using Pred = decltype(value);
+    const at::Tensor weights = grad.to(c10::CppTypeToScalarType<T>::value)
+                                   .mul(2.0 / double(task.masked * p.values)).contiguous();
+    const T* weight = weights.const_data_ptr<T>();
+    Pred* out = dpred.mutable_data_ptr<Pred>();
+    at::parallel_for(0, p.batch * p.tokens, kGrain, [&](int64_t begin, int64_t end) {
+      backward_range<decltype(pixel)>(task, begin, end, weight, out);
+    });
+  });
+  return dpred;
+}
+
+}  // namespace
+
+// The schemas are defined in kernels/reconstruction/fused.py, beside the other implementations.
+TORCH_LIBRARY_IMPL(kdcmae_fast, CPU, m) {
+  m.impl("reconstruction_loss_cpp", loss);
+  m.impl("reconstruction_loss_backward_cpp", loss_backward);
+}
+
+}  // namespace kdcmae_fast
