@@ -186,7 +186,7 @@ def rows_grad(
             grad, p, q, low_p, low_q, by_p, by_q, low_grad, grad.stride(0), p.stride(0),
             q.stride(0), **_options(p, dtype, divergence, distribution, temperature),
         )  # fmt: skip
-    if shared:
+    if low_p is not None and low_q is not None:
         by_p = _with_low_grad(by_p, p, low_p, low_grad[:, 0])
         by_q = _with_low_grad(by_q, q, low_q, low_grad[:, 1])
     return by_p.to(p.dtype), by_q.to(q.dtype)

@@ -5,6 +5,8 @@ read once. Its statistics are those of the patch minus its first value, centred 
 squared, in float32 (float64 for float64). No atomics.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -133,7 +135,7 @@ def reconstruction_loss(
     mean: Tensor | None,
     std: Tensor | None,
     rank_of_token: Tensor,
-    *static: int | bool | list[int],
+    *static: Any,
 ) -> Tensor:
     """pred (K*B, L or masked, P) -> (K*B,). static: keep, views, patch, norm_pix, masked_only."""
     tensors, constants, options = _arguments(pred, pixels, mean, std, rank_of_token, static)
@@ -154,7 +156,7 @@ def reconstruction_loss_backward(
     mean: Tensor | None,
     std: Tensor | None,
     rank_of_token: Tensor,
-    *static: int | bool | list[int],
+    *static: Any,
 ) -> Tensor:
     """grad (K*B,) -> dpred, as pred."""
     tensors, constants, options = _arguments(pred, pixels, mean, std, rank_of_token, static)

@@ -77,7 +77,9 @@ def masked_reconstruction_loss(
             loss = FusedReconstructionLoss.apply(
                 pred, pixels, plan.rank_of_token, mean, std, loss_plan, impl
             )
-    return loss.mean() if reduction == "mean" else loss
+    if reduction == "none":
+        return loss
+    return loss.mean() if loss.shape[0] else loss.sum()  # 0 for an empty batch
 
 
 def _check_pred(
