@@ -11,7 +11,7 @@ TORCH_ARGS ?=
 TRITON ?= triton==3.6.0
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-RUN := PATH="$(BIN):$$PATH" DS_BUILD_OPS=0
+RUN := PATH="$(BIN):$$PATH" DS_BUILD_OPS=0 OMP_WAIT_POLICY=passive
 DEMO ?= runs/demo
 STAMP := $(VENV)/.installed
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)

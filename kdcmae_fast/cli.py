@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    if arguments is None:  # before torch starts OpenMP, as in pretrain.py
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         code = _run(given)
     except BrokenPipeError:

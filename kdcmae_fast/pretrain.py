@@ -24,6 +24,9 @@ from pathlib import Path
 # The launcher puts this folder first on sys.path; its modules must not become top-level names.
 _here = Path(__file__).resolve().parent
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _here]
+if __name__ == "__main__":
+    # Before torch starts OpenMP: threads that spin while they wait take the loader's cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from kdcmae_fast.messages import Parser, report_error
 from kdcmae_fast.training.command import run_pretraining

@@ -266,11 +266,11 @@ def test_plan_that_keeps_nothing():
 
 def test_empty_batch():
     pred = torch.zeros(0, 12, 64, requires_grad=True)
-    rows = masked_reconstruction_loss(
-        pred, torch.zeros(0, 32, 24), make_plan(0, (3, 4)), patch_size=8, reduction="none"
-    )
+    pixels, plan = torch.zeros(0, 32, 24), make_plan(0, (3, 4))
+    rows = masked_reconstruction_loss(pred, pixels, plan, patch_size=8, reduction="none")
     rows.sum().backward()
     assert rows.shape == (0,) and pred.grad.shape == pred.shape
+    assert masked_reconstruction_loss(pred, pixels, plan, patch_size=8) == 0
 
 
 def test_autocast_changes_nothing():
