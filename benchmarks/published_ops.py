@@ -83,6 +83,16 @@ def info_nce(audio: Tensor, video: Tensor, temperature: float = 0.05) -> Tensor:
     return -F.log_softmax(logits, dim=0).diagonal().mean()
 
 
+def distillation_loss(p: Tensor, q: Tensor) -> Tensor:
+    """p, q (B, D) -> Jensen-Shannon divergence of both after a shift by the batch minimum."""
+    p = p + p.min().abs()
+    q = q + q.min().abs()
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    middle = (p + q) / 2
+    divergences = [(side * ((side + 1e-12) / (middle + 1e-12)).log()).sum(-1) for side in (p, q)]
+    return ((divergences[0] + divergences[1]) / 2).mean()
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q, k, v (B, H, L, d): scores and probabilities in full."""
     scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5

@@ -151,6 +151,24 @@ def test_info_nce(impl, full, device, measure):
     measure(f"info_nce B={batch} D={dim}", impl, forward, (audio, video), published_way())
 
 
+@providers("distillation_loss")
+def test_distillation_loss(impl, full, device, measure):
+    skip_unavailable("distillation_loss", impl, device)
+    batch, dim = (1024, 768) if full else (64, 192)
+    p, q = (torch.randn(batch, dim, device=device, requires_grad=True) for _ in "pq")
+
+    def published_way():
+        return published.distillation_loss(p, q)
+
+    def ours():
+        return kernels.distillation_loss(
+            p, q, divergence="js", distribution="batch_shift", impl=impl
+        )
+
+    forward = published_way if impl == "published" else ours
+    measure(f"distillation_loss B={batch} D={dim}", impl, forward, (p, q), published_way())
+
+
 @pytest.mark.parametrize("impl", ("published", "sdpa", "torch", "auto"))
 @pytest.mark.parametrize("length, head_dim", [(177, 64), (708, 32)])
 def test_attention(impl, length, head_dim, full, device, measure):
