@@ -15,10 +15,13 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from kdcmae_fast.kernels.common import unavailable
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TIMEOUT = 300  # seconds for the marked tests of one file
@@ -33,6 +36,23 @@ def pytest_configure(config: pytest.Config) -> None:
 def triton_device() -> str:
     """Device type for the operands of impl="triton"."""
     return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture(scope="module", params=("torch", "cpp"))
+def impl(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What impl="auto" takes: each test of a file that uses this runs with every one.
+
+    OP, in the file, names the op that must have the implementation.
+    """
+    problem = unavailable(request.module.OP, request.param, "cpu")
+    if problem:
+        pytest.skip(problem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDCMAE_IMPL", request.param)
+        # Makes at::empty, too, hand out memory filled with NaN.
+        torch.use_deterministic_algorithms(request.param == "cpp")
+        yield request.param
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.hookimpl(tryfirst=True)

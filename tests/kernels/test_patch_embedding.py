@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcmae_fast.kernels import MaskPlan, complementary_masks, embed_visible_patches
-from kdcmae_fast.kernels.common import unavailable
 from kdcmae_fast.kernels.tokens import gather_patches, patch_grid, patchify, reference, unpatchify
 from kdcmae_fast.kernels.tokens.rows import visible_tokens
+
+OP = "embed_visible_patches"  # of the fixture impl
+pytestmark = pytest.mark.usefixtures("impl")
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # pixels, patch_size
@@ -18,20 +20,6 @@ LAYOUTS = {
     "square": ((2, 1, 16, 16), (4, 4)),
     "video": ((2, 3, 4, 6, 9), (2, 3, 3)),
 }
-
-
-@pytest.fixture(autouse=True, scope="module", params=("torch", "cpp"))
-def impl(request):
-    """The implementation behind impl="auto" in this file; each test runs with every one."""
-    problem = unavailable("embed_visible_patches", request.param, "cpu")
-    if problem:
-        pytest.skip(problem)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KDCMAE_IMPL", request.param)
-        # Makes at::empty, too, hand out memory filled with NaN.
-        torch.use_deterministic_algorithms(request.param == "cpp")
-        yield request.param
-        torch.use_deterministic_algorithms(False)
 
 
 def make_plan(batch: int, grid: tuple[int, ...], ratio: float = 0.7, views: int = 2) -> MaskPlan:
@@ -342,17 +330,3 @@ def test_compiled_op_checks_its_arguments(impl):
     ):
         with pytest.raises(ValueError, match=message):
             call(**change)
-
-
-@pytest.mark.large
-def test_embedding_past_int32():
-    batch = 14500
-    pixels = torch.zeros(batch, 3, 224, 224, dtype=torch.uint8)
-    pixels[-1] = torch.randint(0, 255, (3, 224, 224))
-    assert pixels.numel() > 2**31
-    weight, bias, pos = torch.randn(8, 3, 16, 16), torch.randn(8), torch.randn(196, 8)
-    plan = make_plan(batch, (14, 14), 0.98, views=1)
-    y = embed_visible_patches(pixels, weight, bias, pos, plan, patch_size=16)
-    last = plan._replace(token_of_rank=plan[0][-1:], rank_of_token=plan[1][-1:])
-    expected = embed_visible_patches(pixels[-1:], weight, bias, pos, last, patch_size=16)
-    torch.testing.assert_close(y[-1:], expected)

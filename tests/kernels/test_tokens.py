@@ -12,25 +12,13 @@ from kdcmae_fast.kernels import (
     embed_visible_patches,
     gather_tokens,
 )
-from kdcmae_fast.kernels.common import unavailable
 from kdcmae_fast.kernels.tokens import reference
 from kdcmae_fast.kernels.tokens.rows import masked_tokens, visible_tokens
 
+OP = "gather_tokens"  # of the fixture impl
+pytestmark = pytest.mark.usefixtures("impl")
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True, scope="module", params=("torch", "cpp"))
-def impl(request):
-    """The implementation behind impl="auto" in this file; each test runs with every one."""
-    problem = unavailable("gather_tokens", request.param, "cpu")
-    if problem:
-        pytest.skip(problem)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KDCMAE_IMPL", request.param)
-        # Makes at::empty, too, hand out memory filled with NaN.
-        torch.use_deterministic_algorithms(request.param == "cpp")
-        yield request.param
-        torch.use_deterministic_algorithms(False)
 
 
 def make_plan(batch: int, grid: tuple[int, ...], ratio: float = 0.7, views: int = 2) -> MaskPlan:
@@ -393,33 +381,3 @@ def test_the_number_of_threads_changes_no_bit(impl):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
-
-
-@pytest.mark.large
-def test_gather_past_int32():
-    """2.2e9 elements forward (uint8), and backward (half precision: 4.4 GB)."""
-    batch = 5700
-    plan = make_plan(batch, (8, 64))
-    x = torch.zeros(batch, 512, 768, dtype=torch.uint8)
-    x[-1] = torch.randint(1, 255, (512, 768))
-    y = gather_tokens(x, plan)
-    assert torch.equal(y[-1], x[-1, plan.ids_keep(1)[-1]])
-    del x, y
-    x = torch.zeros(1, 512, 768, dtype=torch.float16, requires_grad=True).expand(batch, -1, -1)
-    x.retain_grad()
-    gather_tokens(x, plan).sum().backward()
-    assert torch.equal(x.grad[-1, :, 0].bool(), (plan.mask(0) * plan.mask(1))[-1] == 0)
-
-
-@pytest.mark.large
-def test_assembly_past_int32():
-    batch = 2980
-    plans = [make_plan(batch, (8, 64), 0.75), make_plan(batch, (14, 14), 0.75)]
-    x = torch.zeros(2 * batch, 177, 512, dtype=torch.float16)
-    x[-1] = torch.randn(177, 512)
-    mask_token, pos = torch.randn(512).half(), torch.zeros(708, 512).half()
-    y = assemble_decoder_input(x, plans, mask_token, pos)
-    assert y.numel() > 2**31
-    last = [plan._replace(token_of_rank=plan[0][-1:], rank_of_token=plan[1][-1:]) for plan in plans]
-    expected = assemble_decoder_input(x[[batch - 1, -1]], last, mask_token, pos)
-    assert torch.equal(y[-1], expected[-1])
