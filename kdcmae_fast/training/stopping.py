@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -48,6 +49,8 @@ def shielded_children() -> Iterator[None]:
     Launchers and Slurm send them to the whole process tree, and the loader's workers must deliver
     until the last step is done; they end with the process that reads from them.
     """
+    # Up to Python 3.12, starting the tracker unblocks these signals: it must be running before.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

@@ -1,10 +1,12 @@
 """Two processes: equal to one, from one to the other and back, and always a clean end."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -40,9 +42,22 @@ def test_sigterm_saves_and_exits_0(launch, losses_of, tmp_path):
     output, log = tmp_path / "run", tmp_path / "log"
     run = launch.start(output, "train.steps=2000", "data.num_workers=1", log=log)
     wait_for(lambda: "step 3/" in log.read_text(), run)
+    workers = [
+        process
+        for process in psutil.Process(run.pid).children(recursive=True)
+        if any("forkserver" in part for part in process.cmdline())
+    ]
+    assert workers and all(blocks_sigterm(process.pid) for process in workers)
     os.killpg(run.pid, signal.SIGTERM)
     assert run.wait(timeout=60) == 0, log.read_text()
     check_stopped(launch, losses_of, output, log, processes=1)
+
+
+def blocks_sigterm(pid: int) -> bool:
+    """Whether the process never sees SIGTERM, as Linux tells it."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (mask,) = re.findall(r"^SigBlk:\s*(\w+)$", status, re.MULTILINE)
+    return bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 @pytest.mark.slow
