@@ -232,6 +232,7 @@ class TrainConfig:
     epochs: int | None = None
     seed: int = 0
     init_from: str = ""  # published checkpoint or model folder to start from
+    contrast_over: Literal["micro_batch", "step"] = "micro_batch"  # whose clips InfoNCE compares
     log_every: int = 10  # steps; the only steps on which the host waits for the device
     checkpoint_every: int = 500  # steps; 0: only at the end
     keep_checkpoints: int = 2  # newest complete ones kept
@@ -263,3 +264,7 @@ class RunConfig:
         for name, known in (("name", SYSTEMS), ("preset", PRESETS)):
             value = getattr(self, name)
             _require(value in known, f"{name}={value}: expected one of {', '.join(known)}")
+        _require(
+            self.train.contrast_over == "micro_batch" or self.model.contrast_loss_weight > 0,
+            "train.contrast_over=step: there is no contrastive term (model.contrast_loss_weight=0)",
+        )

@@ -10,7 +10,7 @@ from .decoder import Decoder
 from .encoder import Encoder
 from .init import init_weights
 from .masking import check_plans, draw_plans
-from .objectives import Objective, pool
+from .objectives import Contrast, Objective, pool
 from .outputs import Features, Losses, Plans, Reconstruction
 from .pretrained import PretrainedModel
 
@@ -34,19 +34,32 @@ class CavMae(PretrainedModel):
         self.objective = Objective(config)
         init_weights(self)
 
-    def forward(self, batch: Batch, plans: Plans | None = None, step: int = 0) -> Losses:
+    def forward(
+        self,
+        batch: Batch,
+        plans: Plans | None = None,
+        step: int = 0,
+        *,
+        contrast: Contrast | None = None,
+        features_only: bool = False,
+    ) -> Losses | tuple[Tensor, Tensor]:
         """Losses of one step.
 
         batch: B clips. plans: {"audio": MaskPlan, "video": MaskPlan} instead of the model's own,
-        which follow from `mask_seed`, `step` and the sample ids.
+        which follow from `mask_seed`, `step` and the sample ids. contrast: takes the place of
+        InfoNCE over these clips. features_only: return what InfoNCE compares instead, the pooled
+        audio and video latents, (K*B, D) each.
         """
         plans = self._plans(batch, plans, step)
         batch = self._rows(batch)
+        if features_only:
+            latents = self.encoder(batch.fbank, batch.frames, plans, ("audio", "video"))
+            return pool(latents.audio), pool(latents.video)
         latents = self.encoder(batch.fbank, batch.frames, plans, self.objective.streams)
         predictions = None
         if "mae_audio" in self.objective.terms:
             predictions = self.decoder(latents.joint, plans)
-        return self.objective(latents, predictions, batch, plans, self.contrast_group)
+        return self.objective(latents, predictions, batch, plans, self.contrast_group, contrast)
 
     def encode(self, fbank: Tensor | None = None, frames: Tensor | None = None) -> Features:
         """Unmasked features of one or both modalities.

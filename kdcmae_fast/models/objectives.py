@@ -3,6 +3,7 @@
 B clips, K views stacked view-major (row k*B + b), D width.
 """
 
+from collections.abc import Callable
 from itertools import combinations
 
 import torch
@@ -14,6 +15,8 @@ from kdcmae_fast.config import DistillConfig, ModelConfig
 from kdcmae_fast.kernels import distillation_loss, info_nce, masked_reconstruction_loss
 
 from .outputs import Latents, Losses, Plans, Terms
+
+Contrast = Callable[[Tensor, Tensor], Tensor]  # pooled latents, 2 x (K*B, D) -> (K,)
 
 
 def pool(tokens: Tensor) -> Tensor:
@@ -160,16 +163,23 @@ class Objective(nn.Module):
         batch: Batch,
         plans: Plans,
         group: ProcessGroup | None = None,
+        contrast: Contrast | None = None,
     ) -> Losses:
-        """Latents, the decoder's predictions (None without a mae term), the pixels -> losses."""
+        """Latents, the decoder's predictions (None without a mae term), the pixels -> losses.
+
+        contrast: takes the place of InfoNCE over these clips.
+        """
         config = self.config
         views: dict[str, Tensor] = {}
         if predictions is not None:
             views |= reconstruction_losses(config, predictions, batch, plans)
         pooled = {name: pool(x) for name, x in latents._asdict().items() if x is not None}
         if "contrastive" in self.terms:
-            views["contrastive"] = contrastive_losses(
-                config, pooled["audio"], pooled["video"], group
+            audio, video = pooled["audio"], pooled["video"]
+            views["contrastive"] = (
+                contrast(audio, video)
+                if contrast is not None
+                else contrastive_losses(config, audio, video, group)
             )
         terms = {name: values.sum() for name, values in views.items()}
         if "kd" in self.terms:

@@ -58,6 +58,7 @@ def train(run: Run, stop: StopRequest, *, profile: bool) -> bool:
     total = run.length.total_steps
     front_end = FrontEnd(run.config.data, run.config.model)
     meter = Meter(run.length, run.world, run.first_step)
+    contrast_over = run.config.train.contrast_over
     new_bad: list[BadClip] = []
     with (
         closing(batches_of(run)) as batches,
@@ -67,7 +68,9 @@ def train(run: Run, stop: StopRequest, *, profile: bool) -> bool:
         for step in range(run.first_step, total):
             lr = _learning_rate(run, step)
             set_learning_rate(run.engine.optimizer, lr)
-            losses, bad = train_step(run.engine, batches, front_end, run.world, step)
+            losses, bad = train_step(
+                run.engine, batches, front_end, run.world, step, contrast_over=contrast_over
+            )
             new_bad += bad
             trace.step()
             done = step + 1

@@ -2,38 +2,60 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdcmae_fast.batch import Batch
 from kdcmae_fast.data import BadClip, FrontEnd, RawBatch
+from kdcmae_fast.training.contrast import CachedContrast, contrast_over_step
 from kdcmae_fast.training.distributed import World, sum_over_ranks
 from kdcmae_fast.training.schedule import RunLength
 
 
 def train_step(
-    engine: Any, batches: Iterator[RawBatch], front_end: FrontEnd, world: World, step: int
+    engine: Any,
+    batches: Iterator[RawBatch],
+    front_end: FrontEnd,
+    world: World,
+    step: int,
+    *,
+    contrast_over: str = "micro_batch",
 ) -> tuple[dict[str, Tensor], list[BadClip]]:
     """All micro steps of optimizer step `step` (from 0); nothing here waits for the device.
 
     Masks follow from (seed, step, sample id), so the micro steps share `step`: their clips differ,
     and splitting a batch into more micro steps or ranks leaves every clip's masks as they were.
 
+    contrast_over: the clips that InfoNCE compares, those of a "micro_batch" or of the whole "step".
+
     Returns the mean of each loss over the micro steps, on the device, and this rank's bad clips.
     """
     accumulation = engine.gradient_accumulation_steps()
     sums: dict[str, Tensor] = {}
     bad: list[BadClip] = []
-    for _ in range(accumulation):
+
+    def load() -> Batch:
         with stage("data"):
             raw = next(batches)
             bad.extend(raw.bad)
-            batch = front_end(raw, world.device)
+            return front_end(raw, world.device)
+
+    micro_steps: Iterable[tuple[Batch, CachedContrast | None]]
+    if contrast_over == "step" and accumulation > 1:
+        loaded = [load() for _ in range(accumulation)]
+        with stage("features"):
+            micro_steps = zip(loaded, contrast_over_step(engine, loaded, step), strict=True)
+    else:
+        micro_steps = ((load(), None) for _ in range(accumulation))
+    for batch, contrast in micro_steps:
         with stage("forward"):
-            losses = engine(batch, step=step)
+            if contrast is not None:
+                contrast.random_state.restore()
+            losses = engine(batch, step=step, contrast=contrast)
         with stage("backward"):
             engine.backward(losses.total)
         with stage("optimizer"):
