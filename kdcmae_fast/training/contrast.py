@@ -84,17 +84,19 @@ def contrast_over_step(engine: Any, batches: list[Batch], step: int) -> list[Cac
     divides the loss of every micro-batch by A.
     """
     model = engine.module
-    states, audio, video = [], [], []
+    states: list[RandomState] = []
+    features: list[tuple[Tensor, Tensor]] = []
     for batch in batches:
         states.append(RandomState.now(batch.fbank.device))
         with torch.no_grad():
-            features = engine(batch, step=step, features_only=True)
-        for parts, part in zip((audio, video), features, strict=True):
-            parts.append(part.unflatten(0, (model.config.num_views, -1)))
-    leaves = [torch.cat(parts, dim=1).requires_grad_() for parts in (audio, video)]  # (K, A*B, D)
-    values = contrastive_losses(
-        model.config, *(leaf.flatten(0, 1) for leaf in leaves), model.contrast_group
-    )
+            features.append(engine(batch, step=step, features_only=True))
+    views = model.config.num_views
+    leaves = [
+        torch.cat([part.unflatten(0, (views, -1)) for part in parts], dim=1).requires_grad_()
+        for parts in zip(*features, strict=True)
+    ]  # audio and video, (K, A*B, D)
+    audio, video = (leaf.flatten(0, 1) for leaf in leaves)
+    values = contrastive_losses(model.config, audio, video, model.contrast_group)
     grads = torch.autograd.grad(values.sum(), leaves)
     shares = [
         [part.flatten(0, 1) * len(batches) for part in g.chunk(len(batches), 1)] for g in grads
