@@ -1,9 +1,10 @@
 // Mask plans on the CPU, bit-equal to kernels/masking/reference.py; kernels/masking/README.md has
 // the contract (mask_rng version 1). One thread takes whole samples.
 //
-// Random words are uniform, so a bucket per token holds about one key: scatter by the top bits, then
-// one insertion pass over nearly sorted keys. O(L) expected, where a comparison sort mispredicts a
-// branch per step. Classes of the structured modes are applied afterwards by a stable counting sort.
+// Random words are uniform, so of four buckets per token few hold two keys: scatter by the top bits,
+// then one insertion pass over nearly sorted keys. O(L) expected, where a comparison sort mispredicts
+// a branch per step. Classes of the structured modes are applied afterwards by a stable counting
+// sort.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -39,7 +40,7 @@ struct Spec {
 // Scratch of one thread, sized for the whole grid.
 struct Scratch {
   explicit Scratch(int64_t n)
-      : words(n + 4), keys(n), order(n), sorted(n), classes(n), ranks(n), axis_ranks(n) {}
+      : words(n + 4 * kPhiloxLanes), keys(n), order(n), sorted(n), classes(n), ranks(n), axis_ranks(n) {}
   std::vector<uint32_t> words;
   std::vector<uint64_t> keys;
   std::vector<int16_t> order, sorted;
@@ -48,32 +49,43 @@ struct Scratch {
 };
 
 void random_words(const Spec& spec, uint64_t id, Domain domain, int64_t count, uint32_t* out) {
-  const uint32_t low = uint32_t(id);
   const uint32_t high = uint32_t(id >> 32) << 16 | uint32_t(spec.mode) << 8 | spec.stream;
-  for (int64_t block = 0; 4 * block < count; ++block) {
-    const auto words = philox4x32({uint32_t(domain) << 24 | uint32_t(block), low, spec.step, high},
-                                  uint32_t(spec.seed), uint32_t(spec.seed >> 32));
-    std::copy(words.begin(), words.end(), out + 4 * block);
-  }
+  philox4x32(uint32_t(domain) << 24, uint32_t(id), spec.step, high, uint32_t(spec.seed),
+             uint32_t(spec.seed >> 32), (count + 3) / 4, out);
 }
 
 // order[0..count): indices in ascending order of (words, index).
 void sort_words(const uint32_t* words, int64_t count, Scratch& s) {
-  int bits = 1;  // of the bucket number: a key per bucket or two
-  while (int64_t{2} << bits <= count) ++bits;
-  s.bins.assign((int64_t{1} << bits) + 1, 0);
-  for (int64_t i = 0; i < count; ++i) ++s.bins[(words[i] >> (32 - bits)) + 1];
-  for (size_t b = 1; b < s.bins.size(); ++b) s.bins[b] += s.bins[b - 1];
+  // Bits of the bucket number: with four buckets per key few keys share one, and the passes over
+  // the buckets cost less than the branches that sorting a shared one mispredicts.
+  int bits = 2;
+  while (int64_t{1} << bits < 4 * count && bits < 14) ++bits;
+  const int shift = 32 - bits;
+  s.bins.assign(int64_t{1} << bits, 0);
+  int32_t* const next = s.bins.data();  // where the next key of each bucket goes
+  uint64_t* const keys = s.keys.data();
+  for (int64_t i = 0; i < count; ++i) ++next[words[i] >> shift];
+  int32_t begin = 0;
+  for (int64_t b = 0; b < int64_t{1} << bits; ++b) {
+    const int32_t size = next[b];
+    next[b] = begin;
+    begin += size;
+  }
   for (int64_t i = 0; i < count; ++i) {
-    s.keys[s.bins[words[i] >> (32 - bits)]++] = uint64_t(words[i]) << 16 | uint64_t(i);
+    keys[next[words[i] >> shift]++] = uint64_t(words[i]) << 16 | uint64_t(i);
   }
+  uint64_t largest = keys[0];
   for (int64_t i = 1; i < count; ++i) {
-    const uint64_t key = s.keys[i];
+    const uint64_t key = keys[i];
+    if (key >= largest) {
+      largest = key;
+      continue;
+    }
     int64_t j = i;
-    for (; j > 0 && s.keys[j - 1] > key; --j) s.keys[j] = s.keys[j - 1];
-    s.keys[j] = key;
+    for (; j > 0 && keys[j - 1] > key; --j) keys[j] = keys[j - 1];
+    keys[j] = key;
   }
-  for (int64_t i = 0; i < count; ++i) s.order[i] = int16_t(s.keys[i] & 0xFFFF);
+  for (int64_t i = 0; i < count; ++i) s.order[i] = int16_t(keys[i] & 0xFFFF);
 }
 
 // Random rank of each row, column or tube, in s.axis_ranks.
@@ -85,7 +97,7 @@ void rank_axis(const Spec& spec, uint64_t id, Domain domain, int64_t length, Scr
 
 void mark_rectangles(const Spec& spec, uint64_t id, Scratch& s) {
   const int64_t height = spec.grid[spec.grid.size() - 2], width = spec.grid.back();
-  uint32_t words[4 * kNumRectangles];
+  uint32_t words[4 * kPhiloxLanes];
   random_words(spec, id, kRectangles, 4 * kNumRectangles, words);
   std::fill(s.classes.begin(), s.classes.end(), 0);
   const auto below = [](uint32_t word, int64_t bound) { return int64_t(word) * bound >> 32; };
@@ -180,8 +192,8 @@ std::tuple<at::Tensor, at::Tensor> mask_plan(
   const int64_t* id = ids.const_data_ptr<int64_t>();
   int16_t* orders = token_of_rank.mutable_data_ptr<int16_t>();
   int16_t* ranks = rank_of_token.mutable_data_ptr<int16_t>();
-  // About 0.1 ms of work per thread: waking a busy core costs more than that.
-  const int64_t samples = std::max<int64_t>(1, 32768 / tokens);
+  // Tens of microseconds of work per thread: less does not pay for waking a core.
+  const int64_t samples = std::max<int64_t>(1, 16384 / tokens);
   at::parallel_for(0, batch, samples, [&](int64_t begin, int64_t end) {
     Scratch s(tokens);
     for (int64_t b = begin; b < end; ++b) {

@@ -51,11 +51,11 @@ class MaskPlan(NamedTuple):
 
     def ids_restore(self, view: int) -> Tensor:
         """(B, L) int64: for each token its place in cat([ids_keep, ids_masked]) of this view."""
-        return (self.rank_of_token.long() - self._start(view)) % self.num_tokens
+        return self._places(view).long()
 
     def mask(self, view: int) -> Tensor:
         """(B, L) float32: 1 for a removed token, 0 for a kept one."""
-        return (self.ids_restore(view) >= self.len_keep).float()
+        return (self._places(view) >= self.len_keep).float()
 
     def to(self, device: torch.device | str) -> "MaskPlan":
         """The same plan with its tensors on `device`."""
@@ -79,6 +79,12 @@ class MaskPlan(NamedTuple):
             torch.cat([plan.rank_of_token for plan in plans]),
             *plans[0][2:],
         )
+
+    def _places(self, view: int) -> Tensor:
+        """`ids_restore` as int16: (rank - start) modulo L, without an integer division."""
+        places = self.rank_of_token - self._start(view)
+        places += (places >> 15) & self.num_tokens  # the sign bits: L where negative, else 0
+        return places
 
     def _start(self, view: int) -> int:
         if not 0 <= view < self.num_views:
