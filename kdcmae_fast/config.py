@@ -176,9 +176,10 @@ class DataConfig:
 
     __pydantic_config__: ClassVar[Any] = STRICT
 
-    source: Literal["synthetic", "manifest", "folder"] = "synthetic"
-    path: str = ""  # manifest: JSON file; folder: the folder of videos
-    label_csv: str = ""  # manifest: index,mid,display_name
+    source: Literal["synthetic", "manifest", "shards", "folder"] = "synthetic"
+    path: str = ""  # manifest: JSON file; shards: what `kdcmae prepare` made; folder: of videos
+    label_csv: str = ""  # manifest, shards: index,mid,display_name
+    shuffle_window: int = 16384  # shards: clips shuffled together, so that reading stays local
     num_clips: int = 2000  # synthetic: size of the training set
     num_frames: int = 10  # frames per clip to choose one from
     dataset_mean: float = -5.081  # fbank normalisation (AudioSet), natural-log units
@@ -189,7 +190,7 @@ class DataConfig:
     num_workers: int = 2  # loader processes per rank
 
     def __post_init__(self) -> None:
-        _require_positive(self, "num_clips", "num_frames", "dataset_std")
+        _require_positive(self, "num_clips", "num_frames", "dataset_std", "shuffle_window")
         _require_range(self, 0, 1, "max_bad_share")
         _require_range(self, 0, float("inf"), "num_workers")
         _require(

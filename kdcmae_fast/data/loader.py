@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -32,11 +33,14 @@ class StepOrder:
     """Which clips each rank reads at each micro step; numbers only.
 
     num_clips: of the dataset. global_size: clips of a micro step over all ranks.
+    shard_sizes: clips of each shard, () without shards. window: clips shuffled together then.
     """
 
     num_clips: int
     global_size: int
     seed: int
+    shard_sizes: tuple[int, ...] = ()
+    window: int = 0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -44,9 +48,20 @@ class StepOrder:
         return self.num_clips // self.global_size
 
     def epoch_order(self, epoch: int) -> Tensor:
-        """(num_clips,) int64, clips in the order of `epoch`."""
+        """(num_clips,) int64, clips in the order of `epoch`.
+
+        Shards come in random order, and clips are shuffled within windows of that sequence: the
+        clips read together lie in few shards, and the order is still known without reading any.
+        """
         rng = keyed_rng(self.seed, ORDER_STREAM, epoch)
-        return torch.from_numpy(rng.permutation(self.num_clips))
+        if not self.shard_sizes:
+            return torch.from_numpy(rng.permutation(self.num_clips))
+        sizes = np.asarray(self.shard_sizes)
+        ends = np.cumsum(sizes)
+        shards = rng.permutation(len(sizes))
+        clips = np.concatenate([np.arange(ends[s] - sizes[s], ends[s]) for s in shards])
+        window = np.arange(self.num_clips) // self.window
+        return torch.from_numpy(clips[np.lexsort((rng.random(self.num_clips), window))])
 
     def place(self, step: int) -> tuple[int, int]:
         """Epoch of micro step `step`, and the place in its order where the step begins."""
@@ -181,7 +196,8 @@ def make_loader(
             f"start_sample={start_sample} must be a multiple of micro_batch_size * world_size = "
             f"{global_size}: resume with the batch size the run was started with"
         )
-    order = StepOrder(len(dataset), global_size, seed)
+    sizes = getattr(dataset, "shard_sizes", ())
+    order = StepOrder(len(dataset), global_size, seed, sizes, data.shuffle_window)
     workers = data.num_workers
     return Loader(
         DataLoader(

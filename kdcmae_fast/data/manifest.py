@@ -13,7 +13,13 @@ from typing import NamedTuple
 import numpy as np
 
 from kdcmae_fast.data.clip import FRAME_STREAM, Clip, ClipError, keyed_rng
-from kdcmae_fast.data.media import MediaError, MediaOptions, Window, read_picture, read_sound
+from kdcmae_fast.data.media import (
+    MediaError,
+    MediaOptions,
+    nearest_frame,
+    read_picture,
+    read_sound,
+)
 
 PLACEHOLDER = re.compile(r"<[^<>/]*>")  # as in "<YOUR_PATH>/audio/x.wav"
 
@@ -53,22 +59,13 @@ class ManifestClips:
         rng = keyed_rng(self.seed, FRAME_STREAM, epoch, index)
         try:
             waveform, window, duration = read_sound(entry.wav, self.options, rng)
-            k = _frame_number(window, duration, self.options.num_frames, rng)
+            count = self.options.num_frames
+            k = nearest_frame(np.arange(count) * (duration / count), window, rng)
             path = f"{entry.video_path}/frame_{k}/{entry.video_id}.jpg"
             frame = read_picture(path, self.options.img_size)
         except MediaError as error:
             raise ClipError(entry.video_id, str(error)) from error
         return Clip(entry.video_id, index, waveform, frame, entry.label)
-
-
-def _frame_number(window: Window, duration: float, count: int, rng: np.random.Generator) -> int:
-    """One of the frames taken within the window (of the nearest one, if there are none)."""
-    times = np.arange(count) * (duration / count)
-    inside = np.flatnonzero((times >= window.start) & (times < window.start + window.seconds))
-    share = float(rng.random())
-    if not len(inside):
-        return int(np.abs(times - window.start - window.seconds / 2).argmin())
-    return int(inside[int(share * len(inside))])
 
 
 def read_label_csv(path: str) -> dict[str, int]:

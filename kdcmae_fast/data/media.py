@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -74,6 +74,15 @@ def choose_window(duration: float | None, seconds: float, rng: np.random.Generat
     return Window(share * max(0.0, duration - seconds), min(duration, seconds))
 
 
+def nearest_frame(times: NDArray[np.floating], window: Window, rng: np.random.Generator) -> int:
+    """One of the frames taken within the window (of the nearest one, if there are none)."""
+    inside = np.flatnonzero((times >= window.start) & (times < window.start + window.seconds))
+    share = float(rng.random())
+    if not len(inside):
+        return int(np.abs(times - window.start - window.seconds / 2).argmin())
+    return int(inside[int(share * len(inside))])
+
+
 def require_file(path: str) -> None:
     """MediaError unless `path` is a file with something in it."""
     try:
@@ -95,15 +104,33 @@ def read_sound(
     require_file(path)
     try:
         with soundfile.SoundFile(path) as file:
-            rate, total = file.samplerate, file.frames
-            window = choose_window(total / rate, options.seconds, rng)
-            first, wanted = round(window.start * rate), round(window.seconds * rate)
-            file.seek(first)
-            samples = file.read(wanted, dtype="float32", always_2d=True)
+            duration = file.frames / file.samplerate
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise MediaError(f"{path}: cannot decode the sound: {error}") from error
+    window = choose_window(duration, options.seconds, rng)
+    samples, rate = decode_sound(path, window, path)
+    return finish_waveform(samples, rate, options), window, duration
+
+
+def decode_sound(
+    file: str | BinaryIO, window: Window, where: str
+) -> tuple[NDArray[np.float32], int]:
+    """(channels, n) float32 of the window of a sound file, and its rate in Hz.
+
+    where: what errors call the file.
+    """
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(file) as sound:
+            rate = sound.samplerate
+            first, wanted = round(window.start * rate), round(window.seconds * rate)
+            sound.seek(first)
+            samples = sound.read(wanted, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise MediaError(f"{where}: cannot decode the sound: {error}") from error
     require_length(len(samples) / rate, wanted / rate, "sound")
-    return finish_waveform(samples.T, rate, options), window, total / rate
+    return samples.T, rate
 
 
 def require_length(found: float, stated: float, what: str) -> None:
@@ -127,14 +154,19 @@ def finish_waveform(samples: NDArray[np.float32], rate: int, options: MediaOptio
 
 def read_picture(path: str, img_size: int) -> Tensor:
     """(3, img_size, img_size) uint8 of an image file."""
+    require_file(path)
+    return decode_picture(path, img_size, path)
+
+
+def decode_picture(file: str | BinaryIO, img_size: int, where: str) -> Tensor:
+    """(3, img_size, img_size) uint8 of a picture; errors call it `where`."""
     from PIL import Image
 
-    require_file(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return fit_picture(np.asarray(image.convert("RGB")), img_size)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MediaError(f"{path}: cannot decode the picture: {error}") from error
+        raise MediaError(f"{where}: cannot decode the picture: {error}") from error
 
 
 def fit_picture(pixels: NDArray[np.uint8], img_size: int) -> Tensor:

@@ -5,6 +5,7 @@ from kdcmae_fast.data.clip import ClipDataset
 from kdcmae_fast.data.folder import VideoFolder
 from kdcmae_fast.data.manifest import ManifestClips
 from kdcmae_fast.data.media import MediaOptions
+from kdcmae_fast.data.shards import ShardClips
 from kdcmae_fast.data.synthetic import HELDOUT_CLIPS, HELDOUT_START, SyntheticClips
 
 ROW_SECONDS = 0.01  # of one fbank row
@@ -39,6 +40,8 @@ def open_dataset(
     options = MediaOptions.of(data, model)
     if data.source == "manifest":
         return ManifestClips(data.path, data.label_csv, options, seed=seed)
+    if data.source == "shards":
+        return ShardClips(data.path, data.label_csv, options, seed=seed)
     if data.source == "folder":
         return VideoFolder(data.path, options, seed=seed)
-    raise ValueError(f"source={data.source!r} must be 'synthetic', 'manifest' or 'folder'")
+    raise ValueError(f"source={data.source!r} must be synthetic, manifest, shards or folder")

@@ -9,8 +9,8 @@ import torch
 
 from kdcmae_fast.config import DataConfig, ModelConfig
 from kdcmae_fast.data import ClipError, open_dataset
-from kdcmae_fast.data.manifest import _frame_number, read_label_csv, read_manifest
-from kdcmae_fast.data.media import Window, fit_picture, read_picture
+from kdcmae_fast.data.manifest import read_label_csv, read_manifest
+from kdcmae_fast.data.media import Window, fit_picture, nearest_frame, read_picture
 
 soundfile = pytest.importorskip("soundfile")
 Image = pytest.importorskip("PIL.Image")
@@ -76,11 +76,11 @@ def test_channels(tree):
 
 def test_frames_are_taken_within_the_window():
     rng = np.random.default_rng(0)
-    numbers = {_frame_number(Window(3.0, 2.5), 10.0, 10, rng) for _ in range(60)}
-    assert numbers == {3, 4, 5}
-    assert {_frame_number(Window(0.0, 10.0), 10.0, 10, rng) for _ in range(99)} == set(range(10))
-    assert _frame_number(Window(5.2, 0.5), 10.0, 10, rng) == 5  # none inside: the nearest
-    assert {_frame_number(Window(0.0, 3.0), 3.0, 10, rng) for _ in range(99)} == set(range(10))
+    ten, close = np.arange(10.0), np.arange(10) * 0.3
+    assert {nearest_frame(ten, Window(3.0, 2.5), rng) for _ in range(60)} == {3, 4, 5}
+    assert {nearest_frame(ten, Window(0.0, 10.0), rng) for _ in range(99)} == set(range(10))
+    assert nearest_frame(ten, Window(5.2, 0.5), rng) == 5  # none inside: the nearest
+    assert {nearest_frame(close, Window(0.0, 3.0), rng) for _ in range(99)} == set(range(10))
 
 
 def test_pictures(tmp_path):
