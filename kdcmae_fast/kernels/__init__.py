@@ -13,11 +13,13 @@ from .common import backends
 from .contrastive import info_nce
 from .distillation import distillation_loss
 from .masking import MaskPlan, complementary_masks
+from .normalization import add_layer_norm
 from .reconstruction import masked_reconstruction_loss
 from .tokens import assemble_decoder_input, embed_visible_patches, gather_tokens
 
 __all__ = [
     "MaskPlan",
+    "add_layer_norm",
     "assemble_decoder_input",
     "attention",
     "backends",
