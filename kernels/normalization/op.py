@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..common import check_dtype, check_ndim, check_shape, register_op, resolve
+from .fused import FusedAddLayerNorm, FusedLayerNorm, Runs
 from .reference import layer_norm
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-register_op("add_layer_norm", impls=("torch",))
+register_op("add_layer_norm", impls=("cpp", "triton", "torch"))
 
 
 class NormedSum(NamedTuple):
@@ -49,15 +50,25 @@ def add_layer_norm(
     with statistics in float32 (float64 for a float64 sum). Deterministic, gradients included.
     Errors are ValueErrors that name the argument.
     """
-    norms, rows = _check(x, residual, weight, bias, segments, eps, out_dtype)
+    runs = _check(x, residual, weight, bias, segments, eps, out_dtype)
     impl = resolve("add_layer_norm", impl, x.device.type)
     width = x.shape[-1]
-    summed = x if residual is None else x + residual
-    weight, bias = weight.reshape(-1, width), bias.reshape(-1, width)
-    normed = layer_norm(
-        summed.reshape(-1, width), weight, bias, norms, rows, eps, out_dtype or x.dtype
-    )
-    return NormedSum(normed.view(x.shape), summed)
+    rows = x.reshape(-1, width)
+    parameters = weight.reshape(-1, width), bias.reshape(-1, width)
+    options = runs, eps, out_dtype or x.dtype
+    if residual is None:
+        if impl == "torch":
+            normed = layer_norm(rows, *parameters, *options)
+        else:
+            normed = FusedLayerNorm.apply(rows, *parameters, *options, impl)
+        return NormedSum(normed.view(x.shape), x)
+    stream = residual.reshape(-1, width)
+    if impl == "torch":
+        summed = rows + stream
+        normed = layer_norm(summed, *parameters, *options)
+    else:
+        normed, summed = FusedAddLayerNorm.apply(rows, stream, *parameters, *options, impl)
+    return NormedSum(normed.view(x.shape), summed.view(x.shape))
 
 
 def _check(
@@ -68,8 +79,8 @@ def _check(
     segments: Sequence[tuple[int, int]] | None,
     eps: float,
     out_dtype: torch.dtype | None,
-) -> tuple[list[int], list[int]]:
-    """The runs, as (norms, rows)."""
+) -> Runs:
+    """The checked runs, as (norms, rows)."""
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] == 0:
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be (..., D) with D at least 1, got {got}")
@@ -92,9 +103,7 @@ def _check(
     return _runs(x.numel() // width, 1 if weight.dim() == 1 else weight.shape[0], segments)
 
 
-def _runs(
-    num_rows: int, num_norms: int, segments: Sequence[tuple[int, int]] | None
-) -> tuple[list[int], list[int]]:
+def _runs(num_rows: int, num_norms: int, segments: Sequence[tuple[int, int]] | None) -> Runs:
     if segments is None:
         if num_norms != 1:
             raise ValueError(
