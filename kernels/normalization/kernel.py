@@ -18,7 +18,8 @@ from torch import Tensor
 from ..common import compute_dtype
 
 _RUNS = 4  # of a launch
-_PARTS = 528  # programs of a backward pass, about: 4 for each multiprocessor of an H100 or H200
+_PARTS = 1056  # programs of a backward pass at most, 8 for each multiprocessor of an H100
+_LEAST = 4  # rows of each, or their partial sums would outweigh them
 _BOUNDS = [f"{side}{index}" for side in ("begin", "end") for index in range(_RUNS)]
 
 
@@ -228,14 +229,18 @@ class _Layout(NamedTuple):
 
 
 def _layout(width: int) -> _Layout:
-    whole = triton.next_power_of_2(width)
-    widest = max(256, whole // 8)
+    """Up to 24 values of a row per thread, in chunks of up to 8: one 16-byte load of bfloat16.
+
+    A single warp has no barriers to wait at; it takes several rows where they are short.
+    """
+    warps = min(16, triton.next_power_of_2(triton.cdiv(width, 768)))
+    widest = 256 * warps
     chunk = min(width & -width, widest)  # the largest power of two that divides the width
     if width // chunk > 8:
-        chunk = min(widest, whole)
+        chunk = min(widest, triton.next_power_of_2(width))
     chunks = triton.cdiv(width, chunk)
-    rows = min(32, triton.next_power_of_2(4096 // (chunk * chunks) + 1) // 2) or 1
-    return _Layout(chunk, chunks, rows, max(4, min(16, whole // 512)))
+    rows = triton.next_power_of_2(768 // (chunk * chunks) + 1) // 2
+    return _Layout(chunk, chunks, max(1, rows), warps)
 
 
 def _constants(width: int, layout: _Layout, dtype: torch.dtype) -> dict[str, int | bool]:
@@ -290,7 +295,8 @@ def _backward(
     onto = grad if grad_summed is None else _rowwise(grad_summed)
     dsummed = torch.empty(summed.shape, dtype=summed.dtype, device=summed.device)
     layout = _layout(width)
-    step = layout.rows * max(1, triton.cdiv(summed.shape[0], layout.rows * _PARTS))
+    least = max(_LEAST, triton.cdiv(summed.shape[0], _PARTS))
+    step = layout.rows * triton.cdiv(least, layout.rows)
     launches = list(_launches(norms, rows))
     partial = torch.empty(
         sum(launch.programs(step) for launch in launches), 2, width,

@@ -13,6 +13,8 @@ from .reference import layer_norm
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+MAX_TRITON_WIDTH = 8192  # a program holds whole rows in registers
+
 register_op("add_layer_norm", impls=("cpp", "triton", "torch"))
 
 
@@ -44,14 +46,14 @@ def add_layer_norm(
         the first `rows` of them go through norm number `norm`, and so on. None: one norm for all.
     eps: added to the variance (biased, as in torch.nn.LayerNorm); positive.
     out_dtype: dtype of `normed`; by default that of x.
-    impl: "auto", "torch", "cpp" or "triton"; the last two are differentiable once.
+    impl: "auto", "torch", "cpp" or "triton" (D up to 8192); the last two are differentiable once.
 
     `summed` has the dtype that x + residual has in PyTorch; `normed` is taken of the rounded sum,
     with statistics in float32 (float64 for a float64 sum). Deterministic, gradients included.
     Errors are ValueErrors that name the argument.
     """
     runs = _check(x, residual, weight, bias, segments, eps, out_dtype)
-    impl = resolve("add_layer_norm", impl, x.device.type)
+    impl = _resolve(x, impl)
     width = x.shape[-1]
     rows = x.reshape(-1, width)
     parameters = weight.reshape(-1, width), bias.reshape(-1, width)
@@ -69,6 +71,18 @@ def add_layer_norm(
     else:
         normed, summed = FusedAddLayerNorm.apply(rows, stream, *parameters, *options, impl)
     return NormedSum(normed.view(x.shape), summed.view(x.shape))
+
+
+def _resolve(x: Tensor, impl: str) -> str:
+    found = resolve("add_layer_norm", impl, x.device.type)
+    if found != "triton" or x.shape[-1] <= MAX_TRITON_WIDTH:
+        return found
+    if impl == "triton":
+        raise ValueError(
+            f"impl='triton' takes rows of at most {MAX_TRITON_WIDTH} values, x has {x.shape[-1]}; "
+            "use impl='auto' or 'torch'"
+        )
+    return "torch"
 
 
 def _check(
