@@ -6,7 +6,11 @@ from torch import Tensor
 
 from kdcmae_fast.kernels import add_layer_norm
 
-pytestmark = pytest.mark.triton
+pytestmark = [
+    pytest.mark.triton,
+    # The interpreter's loops with a bound known at run time.
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
 
 # A chunk; several rows of three chunks; the shape that the models have; a masked last chunk.
 SHAPES = [(3, 4), (19, 96), (5, 768), (2, 1023)]
