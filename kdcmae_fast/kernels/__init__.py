@@ -13,6 +13,7 @@ from .common import backends
 from .contrastive import info_nce
 from .distillation import distillation_loss
 from .masking import MaskPlan, complementary_masks
+from .mlp import mlp
 from .normalization import add_layer_norm
 from .reconstruction import masked_reconstruction_loss
 from .tokens import assemble_decoder_input, embed_visible_patches, gather_tokens
@@ -29,4 +30,5 @@ __all__ = [
     "gather_tokens",
     "info_nce",
     "masked_reconstruction_loss",
+    "mlp",
 ]
