@@ -32,8 +32,8 @@ def _define(name: str, schema: str, fake: Callable[..., Any]) -> dict[str, Calla
 
 
 def _layer_norm(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = (x.new_empty(x.shape[0], dtype=compute_dtype(x)) for _ in range(2))
-    return x.new_empty(x.shape, dtype=args[-1]), *statistics
+    mean, rstd = (x.new_empty(x.shape[0], dtype=compute_dtype(x)) for _ in range(2))
+    return x.new_empty(x.shape, dtype=args[-1]), mean, rstd
 
 
 def _add_layer_norm(
@@ -48,8 +48,8 @@ def _backward(
     grad: Tensor, grad_summed: Tensor | None, summed: Tensor, mean: Tensor, rstd: Tensor,
     weight: Tensor, *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    into_parameters = (weight.new_empty(weight.shape, dtype=mean.dtype) for _ in range(2))
-    return summed.new_empty(summed.shape), *into_parameters
+    dweight, dbias = (weight.new_empty(weight.shape, dtype=mean.dtype) for _ in range(2))
+    return summed.new_empty(summed.shape), dweight, dbias
 
 
 def _backward_cast(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

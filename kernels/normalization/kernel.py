@@ -8,7 +8,7 @@ are summed per program in registers, then over the programs in order.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -64,7 +64,7 @@ def add_layer_norm_fwd_kernel(
     row, end, norm = _place(begins, ends, ROWS, NORMS)
     rows = (row + tl.arange(0, ROWS)).to(tl.int64)
     inside = rows < end
-    tiles = ()
+    tiles = ()  # type: tuple
     total = tl.zeros((ROWS,), tl.float64 if WIDE else tl.float32)
     for chunk in tl.static_range(CHUNKS):
         columns = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -108,7 +108,8 @@ def _row_grad(
     inside = rows < end
     mean = tl.load(mean_ptr + rows, mask=inside, other=0)[:, None]
     rstd = tl.load(rstd_ptr + rows, mask=inside, other=0)[:, None]
-    normed, grads, into_weights, into_biases = (), (), (), ()
+    normed, grads = (), ()  # type: tuple, tuple
+    into_weights, into_biases = (), ()  # type: tuple, tuple
     along = tl.zeros((ROWS,), mean.dtype)
     level = tl.zeros((ROWS,), mean.dtype)
     for chunk in tl.static_range(CHUNKS):
@@ -149,7 +150,7 @@ def layer_norm_bwd_kernel(
     begins, ends = (begin0, begin1, begin2, begin3), (end0, end1, end2, end3)
     first, end, norm = _place(begins, ends, rows_per_part, NORMS)
     end = tl.minimum(end, first + rows_per_part)
-    weights, dweights, dbiases = (), (), ()
+    weights, dweights, dbiases = (), (), ()  # type: tuple, tuple, tuple
     for chunk in tl.static_range(CHUNKS):
         columns = chunk * CHUNK + tl.arange(0, CHUNK)
         weights = weights + (_parameter(weight_ptr, norm, columns, D, WIDE),)
@@ -272,13 +273,15 @@ def _forward(
     return normed, mean, rstd
 
 
-def layer_norm(x: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """x (R, D) -> normed, mean, rstd."""
     x = _rowwise(x)
     return _forward(x, None, x, *args)
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def add_layer_norm(
+    x: Tensor, residual: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, residual (R, D) -> normed, summed, mean, rstd."""
     dtype = torch.promote_types(x.dtype, residual.dtype)
     summed = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -287,8 +290,8 @@ def add_layer_norm(x: Tensor, residual: Tensor, *args) -> tuple[Tensor, Tensor, 
 
 
 def _backward(
-    grad: Tensor, grad_summed: Tensor | None, summed: Tensor, mean: Tensor, rstd: Tensor,
-    weight: Tensor, norms: Sequence[int], rows: Sequence[int], dbranch: Tensor | None,
+    dbranch: Tensor | None, grad: Tensor, grad_summed: Tensor | None, summed: Tensor,
+    mean: Tensor, rstd: Tensor, weight: Tensor, norms: Sequence[int], rows: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     num_norms, width = weight.shape
     grad, summed, weight = _rowwise(grad), _rowwise(summed), weight.contiguous()
@@ -342,15 +345,14 @@ def _parameter_grads(partial: Tensor, ends: list[int]) -> Tensor:
     return sums
 
 
-def layer_norm_backward(*args) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """-> dsummed (R, D), dweight, dbias (S, D)."""
-    return _backward(*args, None)
+    return _backward(None, *args)
 
 
-def layer_norm_backward_cast(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def layer_norm_backward_cast(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dsummed, the same in another dtype, dweight, dbias."""
-    *args, dtype = args
-    summed = args[2]
+    summed, dtype = args[2], args[-1]
     dbranch = torch.empty(summed.shape, dtype=dtype, device=summed.device)
-    dsummed, dweight, dbias = _backward(*args, dbranch)
+    dsummed, dweight, dbias = _backward(dbranch, *args[:-1])
     return dsummed, dbranch, dweight, dbias

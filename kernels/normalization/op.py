@@ -56,20 +56,20 @@ def add_layer_norm(
     impl = _resolve(x, impl)
     width = x.shape[-1]
     rows = x.reshape(-1, width)
-    parameters = weight.reshape(-1, width), bias.reshape(-1, width)
-    options = runs, eps, out_dtype or x.dtype
+    weight, bias = weight.reshape(-1, width), bias.reshape(-1, width)
+    dtype = out_dtype or x.dtype
     if residual is None:
         if impl == "torch":
-            normed = layer_norm(rows, *parameters, *options)
+            normed = layer_norm(rows, weight, bias, runs, eps, dtype)
         else:
-            normed = FusedLayerNorm.apply(rows, *parameters, *options, impl)
+            normed = FusedLayerNorm.apply(rows, weight, bias, runs, eps, dtype, impl)
         return NormedSum(normed.view(x.shape), x)
     stream = residual.reshape(-1, width)
     if impl == "torch":
         summed = rows + stream
-        normed = layer_norm(summed, *parameters, *options)
+        normed = layer_norm(summed, weight, bias, runs, eps, dtype)
     else:
-        normed, summed = FusedAddLayerNorm.apply(rows, stream, *parameters, *options, impl)
+        normed, summed = FusedAddLayerNorm.apply(rows, stream, weight, bias, runs, eps, dtype, impl)
     return NormedSum(normed.view(x.shape), summed.view(x.shape))
 
 
