@@ -34,16 +34,18 @@ def ranks_of(group: dist.ProcessGroup | None) -> Ranks:
     return Ranks(group, rank, size) if size > 1 else ALONE
 
 
-def check_equal_rows(rows: int, device: torch.device, ranks: Ranks) -> None:
-    """Raise on every rank unless all hold `rows` rows.
+def check_equal_rows(name: str, x: Tensor, ranks: Ranks) -> None:
+    """Raise on every rank unless all hold as many rows of x, the argument `name`.
 
     CPU tensors only: on a GPU the comparison would stall the host in every step.
     """
-    if ranks.group is None or device.type != "cpu":
+    if ranks.group is None or x.device.type != "cpu":
         return
-    counts = gather(torch.tensor([rows]), ranks).tolist()
+    counts = gather(torch.tensor([x.shape[0]]), ranks).tolist()
     if len(set(counts)) > 1:
-        raise ValueError(f"a must have the same batch size on every rank, got {counts} by rank")
+        raise ValueError(
+            f"{name} must have the same batch size on every rank, got {counts} by rank"
+        )
 
 
 def gather(x: Tensor, ranks: Ranks) -> Tensor:

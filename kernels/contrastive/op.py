@@ -1,7 +1,6 @@
 """The public InfoNCE: argument checks, autograd, the global batch, registration."""
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,41 +13,25 @@ from ..common import (
     check_shape,
     compute_dtype,
     register_op,
-    resolve,
     without_autocast,
 )
 from . import fused, reference
-from .distributed import (
-    ALONE,
-    GlobalMean,
-    Ranks,
-    check_equal_rows,
-    gather,
-    merge_columns,
-    ranks_of,
-    scatter_sum,
+from .distributed import ALONE, check_equal_rows, gather, ranks_of, scatter_sum
+from .pairs import (
+    FLOATS,
+    InfoNCE,
+    Options,
+    check_options,
+    losses_of,
+    operand_dtype,
+    resolve_impl,
+    result_of,
+    targets_of,
+    temperature_tensor,
+    unit_rows,
 )
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-KERNEL_ONLY = ("tf32", "bf16x3")
-
 register_op("info_nce", impls=("cpp", "triton", "torch"))
-
-
-class InfoNCE(NamedTuple):
-    """The loss, and the share of pairs whose own logit is the largest of their softmax."""
-
-    loss: Tensor  # () or, with reduction="none", (B,)
-    accuracy: Tensor  # the same shape, without gradient
-
-
-class _Options(NamedTuple):
-    symmetric: bool
-    normalize: bool
-    operand: torch.dtype  # of the products' operands
-    ranks: Ranks
-    impl: str
 
 
 def info_nce(
@@ -93,33 +76,15 @@ def info_nce(
     ValueErrors that name the argument.
     """
     operand = _check(a, b, temperature, reduction, precision)
-    impl = _resolve(operand, impl, a.device.type)
+    impl = resolve_impl("info_nce", operand, impl, a.device.type)
     ranks = ranks_of(group)
-    check_equal_rows(a.shape[0], a.device, ranks)
-    dtype = compute_dtype(a, b)
-    if isinstance(temperature, Tensor):
-        tau = temperature.to(dtype)
-    else:
-        tau = torch.full((), temperature, dtype=dtype, device=a.device)
-    loss, hits = _pair_losses(a, b, tau, _Options(symmetric, normalize, operand, ranks, impl))
-    if reduction == "mean":
-        means = torch.stack([loss.sum(), hits.sum()]) / max(1, a.shape[0])
-        if ranks.group is not None:
-            means = GlobalMean.apply(means, ranks)
-        loss, hits = means[0], means[1].detach()
-    return InfoNCE(loss, hits) if return_accuracy else loss
+    check_equal_rows("a", a, ranks)
+    tau = temperature_tensor(temperature, compute_dtype(a, b), a.device)
+    losses = _pair_losses(a, b, tau, Options(symmetric, normalize, operand, ranks, impl))
+    return result_of(losses, ranks, reduction, return_accuracy)
 
 
-def _resolve(operand: torch.dtype, impl: str, device: str) -> str:
-    found = resolve("info_nce", impl, device)
-    if found != "triton" or operand != torch.float64:
-        return found
-    if impl == "triton":
-        raise ValueError("impl='triton' of info_nce takes no float64; use impl='auto' or 'torch'")
-    return "torch"
-
-
-def _pair_losses(a: Tensor, b: Tensor, tau: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+def _pair_losses(a: Tensor, b: Tensor, tau: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """(losses, hits), (B,) each, of this rank's pairs."""
     if a.shape[0] == 0:
         empty = a.sum(1).to(tau.dtype) + b.sum(1).to(tau.dtype)
@@ -136,7 +101,7 @@ class _PairLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor, tau: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    def forward(ctx, a: Tensor, b: Tensor, tau: Tensor, options: Options) -> tuple[Tensor, Tensor]:
         symmetric, normalize, operand, ranks, impl = options
         rows_a, inverse_a = _operand(a, tau.dtype, options)
         rows_b, inverse_b = _operand(b, tau.dtype, options)
@@ -152,25 +117,17 @@ class _PairLosses(torch.autograd.Function):
                 inverse_a = gather(inverse_a, ranks)
                 inverses = (inverse_b, inverse_a)
                 found = fused.statistics(rows_b, all_a, inverses, scale, offset, symmetric)
-        positive = found.positive
-        row_loss = column_loss = loss = reference.loss_of(positive, found.row_lse)
-        hits = (positive > found.row_max).to(tau.dtype)
-        if symmetric:
-            lse, top = merge_columns(found.column_lse, found.column_max, ranks)
-            own = slice(offset, offset + a.shape[0])
-            column_loss = reference.loss_of(positive, lse[own])
-            loss = (row_loss + column_loss) / 2
-            hits = (hits + (positive > top[own]).to(tau.dtype)) / 2
-        vectors = (inverse_a, inverse_b, positive, row_loss, column_loss)
+        losses = losses_of(found, offset, options)
+        vectors = (inverse_a, inverse_b, found.positive, losses.row_loss, losses.column_loss)
         ctx.save_for_backward(all_a, rows_b, tau, *vectors, found.logits)
         ctx.options, ctx.dtypes = options, (a.dtype, b.dtype)
-        ctx.mark_non_differentiable(hits)
-        return loss, hits
+        ctx.mark_non_differentiable(losses.hits)
+        return losses.loss, losses.hits
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, _: Tensor):
-        targets, unit = _targets(grad, ctx.saved_tensors[5:], ctx.options)
+        targets, unit = targets_of(grad, ctx.saved_tensors[5:], ctx.options)
         with without_autocast(grad.device):
             by_impl = _norm_free_grads if ctx.options.impl == "cpp" else _unit_grads
             grad_a, grad_b, by_scale = by_impl(ctx, targets, unit)
@@ -184,14 +141,11 @@ class _PairLosses(torch.autograd.Function):
         )
 
 
-def _operand(x: Tensor, dtype: torch.dtype, options: _Options) -> tuple[Tensor, Tensor]:
+def _operand(x: Tensor, dtype: torch.dtype, options: Options) -> tuple[Tensor, Tensor]:
     """The rows that are multiplied, in the operand dtype, and their inverse norms (N, 1)."""
     if options.impl == "cpp":
         return x.to(options.operand), fused.inverse_norms(x, options.normalize, dtype)
-    if options.impl == "triton" and options.normalize:
-        return fused.unit_rows(x, options.operand)
-    unit, inverse = reference.normalise(x.to(dtype), options.normalize)
-    return unit.to(options.operand).contiguous(), inverse
+    return unit_rows(x, dtype, options)
 
 
 def _unit_grads(
@@ -237,33 +191,6 @@ def _norm_free_grads(
     return grad_a, grad_b, by_scale
 
 
-def _targets(
-    grad: Tensor, saved: tuple[Tensor, ...], options: _Options
-) -> tuple[reference.Targets, Tensor]:
-    """Targets for the gradient of sum over ranks of grad . loss, and the unit they are in.
-
-    The weights are divided by their largest value: at a batch of 32768 the mean's weights times
-    small probabilities would leave float16's range.
-    """
-    positive, row_loss, column_loss, logits = saved
-    share = grad / 2 if options.symmetric else grad
-    miss = row_loss.neg().expm1()  # -(1 - p)
-    none = grad.new_empty(0)
-    column_lse, column_weight, weights = none, none, share
-    if options.symmetric:
-        miss = miss + column_loss.neg().expm1()
-        column_lse, column_weight = gather(
-            torch.stack([positive + column_loss, share], dim=1), options.ranks
-        ).unbind(1)
-        weights = column_weight
-    unit = weights.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny)
-    row_weight, column_weight = share / unit, column_weight / unit
-    targets = reference.Targets(
-        positive + row_loss, row_weight, row_weight * miss, column_lse, column_weight, logits
-    )
-    return targets, unit
-
-
 def _check(
     a: Tensor, b: Tensor, temperature: float | Tensor, reduction: str, precision: str | None
 ) -> torch.dtype:
@@ -274,32 +201,8 @@ def _check(
     check_dtype("b", b, FLOATS)
     if b.device != a.device:
         raise ValueError(f"b is on {b.device}, a on {a.device}; they must share a device")
-    if isinstance(temperature, Tensor):
-        check_ndim("temperature", temperature, 0, "a float or a 0-d tensor")
-        check_dtype("temperature", temperature, FLOATS)
-        if temperature.device != a.device:
-            raise ValueError(f"temperature is on {temperature.device}, a on {a.device}")
-    elif not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
-    return _operand_dtype(torch.promote_types(a.dtype, b.dtype), precision)
-
-
-def _operand_dtype(inputs: torch.dtype, precision: str | None) -> torch.dtype:
-    if precision is None:
-        return inputs
-    if precision in KERNEL_ONLY:
-        raise ValueError(
-            f"precision={precision!r} has no impl='torch' form; use one of {', '.join(PRECISIONS)}"
-        )
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is not None or one of {', '.join(PRECISIONS)}")
-    if inputs == torch.float64:
-        raise ValueError(
-            f"precision={precision!r} would lower float64 inputs; pass None or float32 inputs"
-        )
-    return PRECISIONS[precision]
+    check_options(temperature, reduction, ("a", a.device))
+    return operand_dtype(torch.promote_types(a.dtype, b.dtype), precision)
 
 
 def _info_nce_op(
@@ -307,7 +210,7 @@ def _info_nce_op(
 ) -> tuple[Tensor, Tensor]:
     operand = torch.promote_types(a.dtype, b.dtype)
     tau = temperature.to(compute_dtype(a, b))
-    return _pair_losses(a, b, tau, _Options(symmetric, normalize, operand, ALONE, "torch"))
+    return _pair_losses(a, b, tau, Options(symmetric, normalize, operand, ALONE, "torch"))
 
 
 torch.library.define(

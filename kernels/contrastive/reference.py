@@ -84,28 +84,33 @@ def statistics(
     b: Tensor, a: Tensor, scale: Tensor, offset: int, operand: torch.dtype, columns: bool
 ) -> Statistics:
     """Statistics of the logits of b (N, D) against a (M, D); `columns` asks for theirs too."""
-    positive, row_lse, row_max = [], [], []
-    column_lse = scale.new_full((a.shape[0] if columns else 0,), -torch.inf)
-    column_max = column_lse
-    kept = scale.new_empty(0, 0)
+    found: list[Statistics] = []
     for start, stop in blocks(b.shape[0], a.shape[0]):
         logits = product(b[start:stop], a.t(), operand) * scale
-        own = logits.diagonal(offset + start)
-        positive.append(own.clone())
-        own.fill_(-torch.inf)  # kept apart: see `loss_of`
-        lse, top = log_sum_exp(logits, 1)
-        row_lse.append(lse)
-        row_max.append(top)
-        if columns:
-            lse, top = log_sum_exp(logits, 0)
-            column_lse = torch.logaddexp(column_lse, lse)
-            column_max = torch.maximum(column_max, top)
+        part = statistics_of(logits, offset + start, columns)
         if stop - start == b.shape[0]:
-            own.copy_(positive[0])
-            kept = logits
-    return Statistics(
-        torch.cat(positive), torch.cat(row_lse), torch.cat(row_max), column_lse, column_max, kept
-    )
+            return part
+        if found:
+            part = part._replace(
+                column_lse=torch.logaddexp(found[-1].column_lse, part.column_lse),
+                column_max=torch.maximum(found[-1].column_max, part.column_max),
+            )
+        found.append(part._replace(logits=scale.new_empty(0, 0)))
+    positive, row_lse, row_max = (torch.cat([part[index] for part in found]) for index in range(3))
+    return found[-1]._replace(positive=positive, row_lse=row_lse, row_max=row_max)
+
+
+def statistics_of(logits: Tensor, offset: int, columns: bool) -> Statistics:
+    """Statistics of these rows of logits, which are in it; row 0's pair is column `offset`."""
+    own = logits.diagonal(offset)
+    positive = own.clone()
+    own.fill_(-torch.inf)  # kept apart: see `loss_of`
+    row_lse, row_max = log_sum_exp(logits, 1)
+    column_lse = column_max = logits.new_empty(0)
+    if columns:
+        column_lse, column_max = log_sum_exp(logits, 0)
+    own.copy_(positive)
+    return Statistics(positive, row_lse, row_max, column_lse, column_max, logits)
 
 
 def loss_of(positive: Tensor, other_lse: Tensor) -> Tensor:
@@ -115,6 +120,16 @@ def loss_of(positive: Tensor, other_lse: Tensor) -> Tensor:
     nearly 0, and so has 1 - p = -expm1(-loss), on which the gradient rests.
     """
     return torch.logaddexp(other_lse - positive, torch.zeros_like(positive))
+
+
+def logit_gradient(logits: Tensor, offset: int, targets: Targets, start: int, stop: int) -> Tensor:
+    """Gradient by rows [start, stop) of the logits, which are `logits`."""
+    rows = slice(start, stop)
+    grad = (logits - targets.row_lse[rows, None]).exp_().mul_(targets.row_weight[rows, None])
+    if targets.column_lse.shape[0]:
+        grad += (logits - targets.column_lse).exp_().mul_(targets.column_weight)
+    grad.diagonal(offset + start).copy_(targets.positive_grad[rows])
+    return grad
 
 
 def gradients(
@@ -138,10 +153,7 @@ def gradients(
         logits = targets.logits
         if logits.shape[0] == 0:
             logits = product(b[rows], a.t(), operand) * scale
-        grad = (logits - targets.row_lse[rows, None]).exp_().mul_(targets.row_weight[rows, None])
-        if targets.column_lse.shape[0]:
-            grad += (logits - targets.column_lse).exp_().mul_(targets.column_weight)
-        grad.diagonal(offset + start).copy_(targets.positive_grad[rows])
+        grad = logit_gradient(logits, offset, targets, start, stop)
         if need_scale:
             by_scale = by_scale + (grad * logits).sum() / scale
         if need_b:
