@@ -10,7 +10,7 @@ if (_root / "csrc").is_dir():
 
 from .attention import attention
 from .common import backends
-from .contrastive import info_nce
+from .contrastive import diagonal_maps, info_nce, max_pooled_info_nce
 from .distillation import distillation_loss
 from .masking import MaskPlan, complementary_masks
 from .mlp import mlp
@@ -25,10 +25,12 @@ __all__ = [
     "attention",
     "backends",
     "complementary_masks",
+    "diagonal_maps",
     "distillation_loss",
     "embed_visible_patches",
     "gather_tokens",
     "info_nce",
     "masked_reconstruction_loss",
     "mlp",
+    "max_pooled_info_nce",
 ]

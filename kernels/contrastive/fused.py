@@ -133,7 +133,8 @@ def _tile_gradients(*args: Any) -> tuple[Tensor, ...]:
     return kernel.gradients(*args)
 
 
-def _define(name: str, schema: str, fake: Any, implementation: Any = None) -> Any:
+def define(name: str, schema: str, fake: Any, implementation: Any = None) -> Any:
+    """Register an op; `implementation` is its Triton one, the C++ ones register themselves."""
     torch.library.define(f"kdcmae_fast::{name}", schema)
     torch.library.register_fake(f"kdcmae_fast::{name}", fake)
     if implementation is not None:
@@ -148,32 +149,32 @@ _TARGETS = (
 )
 
 # csrc/cpu/contrastive.cpp fills in the first two.
-_STATISTICS = _define(
+_STATISTICS = define(
     "info_nce_statistics_cpp",
     f"(Tensor b, Tensor a, {_NORMS}Tensor scale, SymInt offset, bool columns)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _statistics_fake,
 )
-_GRADIENTS = _define(
+_GRADIENTS = define(
     "info_nce_gradients_cpp",
     f"(Tensor b, Tensor a, {_NORMS}Tensor scale, SymInt offset, {_TARGETS}, Tensor logits)"
     " -> (Tensor, Tensor, Tensor)",
     _gradients_fake,
 )
-_UNIT_ROWS = _define(
+_UNIT_ROWS = define(
     "info_nce_unit_rows_triton",
     "(Tensor x, ScalarType operand) -> (Tensor, Tensor)",
     _unit_rows_fake,
     _unit_rows,
 )
-_TILE_STATISTICS = _define(
+_TILE_STATISTICS = define(
     "info_nce_statistics_triton",
     "(Tensor b, Tensor a, Tensor scale, SymInt offset, bool columns, bool bounded)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _tile_statistics_fake,
     _tile_statistics,
 )
-_TILE_GRADIENTS = _define(
+_TILE_GRADIENTS = define(
     "info_nce_gradients_triton",
     f"(Tensor b, Tensor a, Tensor scale, SymInt offset, {_TARGETS}) -> (Tensor, Tensor, Tensor)",
     _tile_gradients_fake,
