@@ -20,7 +20,7 @@ def scores(
 ) -> tuple[Tensor, Tensor]:
     """Logits (N, M) and the cell each one is of, the first of equal ones.
 
-    maps (N, P, D) as they are, with their cells' inverse norms (N, P); vectors (M, D) are unit rows.
+    maps (N, P, D) as they are, with their cells' inverse norms (N, P); vectors (M, D): unit rows.
     """
     logits = scale.new_empty(maps.shape[0], vectors.shape[0])
     cells = torch.empty(logits.shape, dtype=INDEX, device=maps.device)

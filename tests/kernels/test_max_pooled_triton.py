@@ -8,7 +8,11 @@ from torch import Tensor
 
 from kdcmae_fast.kernels import max_pooled_info_nce
 
-pytestmark = pytest.mark.triton
+pytestmark = [
+    pytest.mark.triton,
+    # The interpreter's loop over a number known at run time only.
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
 
 
 def pairs(batch: int, cells: int, width: int, dtype=torch.float32) -> tuple[Tensor, Tensor]:
@@ -44,7 +48,7 @@ def assert_close(maps, vectors, device, factor=4.0, **options):
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(
-    "batch, cells, width", [(2, 1, 3), (17, 7, 32), (67, 49, 33), (5, 70, 20), (3, 130, 70)]
+    "batch, cells, width", [(2, 1, 3), (17, 7, 32), (19, 49, 33), (4, 70, 20), (2, 130, 70)]
 )
 def test_equals_the_reference(batch, cells, width, symmetric, normalize, triton_device):
     maps, vectors = pairs(batch, cells, width)
@@ -54,17 +58,17 @@ def test_equals_the_reference(batch, cells, width, symmetric, normalize, triton_
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("cells", [49, 300])
+@pytest.mark.parametrize("cells", [49, 260])
 def test_16_bit_operands(dtype, cells, triton_device):
-    maps, vectors = (x / x.norm(dim=-1, keepdim=True) for x in pairs(9, cells, 96))
+    maps, vectors = (x / x.norm(dim=-1, keepdim=True) for x in pairs(4, cells, 70))
     # The interpreter rounds to bfloat16 towards zero, which would bias every cosine: there the
     # rows come normalised and rounded.
     normalize = dtype != torch.bfloat16 or triton_device == "cuda"
     assert_close(maps.to(dtype), vectors.to(dtype), triton_device, normalize=normalize)
 
 
-def test_sum_over_maps_is_split(triton_device):
-    maps, vectors = pairs(35, 3, 130)
+def test_several_tiles_of_vectors_and_shares_of_maps(triton_device):
+    maps, vectors = pairs(67, 3, 70)
     assert_close(maps, vectors, triton_device)
 
 
