@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..common import check_dtype, check_ndim, compute_dtype, register_op, without_autocast
+from ..common import check_dtype, check_ndim, compute_dtype, register_op, resolve, without_autocast
 from . import max_pooled_fused as fused
 from . import max_pooled_reference as reference
 from .distributed import ALONE, check_equal_rows, gather, ranks_of, scatter_sum
@@ -28,6 +28,7 @@ from .reference import TINY_NORM, logit_gradient, normalise_grad, statistics_of
 OP = "max_pooled_info_nce"
 
 register_op(OP, impls=("cpp", "triton", "torch"))
+register_op("diagonal_maps", impls=("torch",))
 
 
 def max_pooled_info_nce(
@@ -86,14 +87,17 @@ def diagonal_maps(
     *,
     temperature: float | Tensor = 0.03,
     normalize: bool = True,
+    impl: str = "auto",
 ) -> Tensor:
     """Each pair's own map of logits, (B, HW): <maps[i, p], vectors[i]> / temperature.
 
     Its maximum over p is the positive logit of `max_pooled_info_nce`, whose arguments these are; it
     is the heat map that localises a sound. float32 (float64 for float64 inputs), differentiable.
+    impl: "auto" or "torch", a batched product.
     """
     _check_inputs(maps, vectors)
     check_options(temperature, "none", ("maps", maps.device))
+    resolve("diagonal_maps", impl, maps.device.type)
     dtype = compute_dtype(maps, vectors)
     with without_autocast(maps.device):
         cells, rows = maps.to(dtype), vectors.to(dtype)
