@@ -351,6 +351,20 @@ def test_cpp_tiles(batch, cells, width):
         torch.testing.assert_close(cpp_result, wanted, rtol=1e-9, atol=1e-13)
 
 
+@cpp
+def test_cpp_results_do_not_depend_on_the_number_of_threads():
+    maps, vectors = pairs(130, 49, 300, torch.float32)
+    runs, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            loss = max_pooled_info_nce(maps, vectors, reduction="none", impl="cpp")
+            runs.append((loss, *torch.autograd.grad(loss.sum(), (maps, vectors))))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
 def test_diagonal_maps():
     maps, vectors = pairs(5, dtype=torch.float32)
     wanted = similarities(maps.double(), vectors.double()).diagonal().t()
