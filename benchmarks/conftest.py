@@ -1,25 +1,34 @@
 """How every benchmark here is run: correctness first, then time, then one row per result.
 
 `pytest benchmarks/ --benchmark-only` runs toy shapes on a CPU and the real ones on a GPU; `--full`
-takes the real ones anywhere. `--results FILE.jsonl` appends the rows to a file.
+takes the real ones anywhere. `--results FILE.jsonl` appends a row to the file as soon as it is
+measured. `kdcmae bench report FILE.jsonl` makes tables and plots of it.
 """
 
+import contextlib
 import json
-import platform
-import subprocess
-from collections.abc import Callable
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from cpuinfo import get_cpu_info
+from bench_ceilings import Cost, floor
+from bench_environment import SEED, environment
+from bench_memory import kernel_launches, peak_bytes, saved_bytes
+from bench_providers import COMPILE, choose
+from bench_timing import cold_cache, device_seconds, graph_seconds, percentiles, rounds_for
 from torch import Tensor
 
-ROWS: list[dict] = []
+__all__ = ["choose"]  # a fixture
+
+MODES = ("fwd", "fwd+bwd")
+BUDGET = {True: 0.6, False: 0.03}  # seconds of timed steps per row at real and at toy shapes
+GRAD_SLACK = 10.0  # a gradient may be off by this many times the tolerance of the output
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="real shapes, also without a GPU")
+    parser.addoption("--no-compile", action="store_true", help="leave out torch.compile")
     parser.addoption("--results", metavar="FILE", help="append one JSON line per result to FILE")
 
 
@@ -36,41 +45,41 @@ def full(request: pytest.FixtureRequest, device: str) -> bool:
 
 @pytest.fixture(autouse=True)
 def _one_seed() -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
 
 
-def saved_bytes(forward: Callable[[], Tensor]) -> int:
-    """Bytes autograd keeps between forward and backward, parameters and inputs included once."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(storages.values())
+@pytest.fixture(scope="session")
+def flush(device: str) -> Callable[[], None]:
+    return cold_cache(device)
 
 
-def peak_bytes(step: Callable[[], None]) -> int | None:
-    """Peak allocation above the start of one step; CUDA only (None elsewhere)."""
-    if not torch.cuda.is_available():
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+@pytest.fixture(scope="session")
+def write_row(request: pytest.FixtureRequest) -> Callable[[dict], None]:
+    """Append a row to the file of `--results`, if there is one."""
+    path = request.config.getoption("--results")
+    facts = environment() if path else {}
+
+    def write(row: dict) -> None:
+        if path:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({**row, **facts}) + "\n")
+
+    return write
 
 
-@pytest.fixture
-def measure(benchmark, device: str) -> Callable[..., None]:
-    """Time one provider of one op and record a row.
+@pytest.fixture(params=MODES)
+def measure(request, benchmark, device, full, flush, write_row) -> Callable[..., None]:
+    """Time one provider of one op, forward alone and then with its backward pass.
 
-    measure(group, provider, forward, leaves, expected): `forward()` returns the op's output, whose
-    mean over all elements is differentiated with respect to `leaves` (none: forward only).
-    `expected` is the reference output; the row is not written when `forward()` differs from it.
+    measure(group, provider, forward, leaves, expected, tolerance, reference=, cost=):
+    `forward()` returns the op's output, which is differentiated with respect to `leaves` (none:
+    forward only) along one random direction. Leaves keep requiring grad in the forward mode too:
+    it is that of a training step.
+
+    No row is written when the output differs from `expected` by more than `tolerance` (relative
+    and absolute). `reference` is instead a function like `forward`, whose gradients are compared
+    too, relative to their largest entry. cost: {"fwd": Cost, "fwd+bwd": Cost}, the least the op
+    must do, for the share of this machine's floor.
     """
 
     def run(
@@ -80,53 +89,109 @@ def measure(benchmark, device: str) -> Callable[..., None]:
         leaves: tuple[Tensor, ...] = (),
         expected: Tensor | None = None,
         tolerance: float = 1e-4,
+        *,
+        reference: Callable[[], Tensor] | None = None,
+        cost: dict[str, Cost] | None = None,
     ) -> None:
-        with torch.no_grad():
-            output = forward()
-        if expected is not None:
-            torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+        mode = request.param
+        backward = mode == "fwd+bwd"
+        if backward and not leaves:
+            pytest.skip("nothing to differentiate")
+        with quiet(provider == COMPILE):
+            output = forward().detach()
+            direction = torch.randn_like(output) if output.dim() else torch.ones_like(output)
+            check(forward, leaves, expected, reference, direction, tolerance)
 
         def step() -> None:
-            output = forward()
-            if leaves:
-                torch.autograd.grad(output.float().mean(), leaves)
-            if device == "cuda":
-                torch.cuda.synchronize()
+            result = forward()
+            if backward:
+                torch.autograd.grad(result, leaves, direction)
 
-        benchmark.group = group
-        extra = {"provider": provider, "peak_bytes": peak_bytes(step)}
+        dtype = leaves[0].dtype if leaves else output.dtype
+        row = {"group": group, "provider": provider, "mode": mode,
+               "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+        row["peak_bytes"] = peak_bytes(step, device)
         if leaves:
-            extra["saved_for_backward_bytes"] = saved_bytes(forward)
-        benchmark.extra_info.update(extra)
-        benchmark.pedantic(step, rounds=15, warmup_rounds=3)
+            row["saved_for_backward_bytes"] = saved_bytes(forward)
+        benchmark.group = f"{group} {mode}"
+        row |= times(benchmark, step, flush, device, BUDGET[full])
+        if cost and mode in cost:
+            row |= floor_share(cost[mode], device, dtype, row["median_ms"])
+        benchmark.extra_info.update(row)
         if not benchmark.disabled:
-            ROWS.append({"group": group, **extra, **timing(benchmark.stats.stats.data)})
+            write_row(row)
 
     return run
 
 
-def timing(seconds: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile in milliseconds."""
-    p20, median, p80 = torch.tensor(seconds).quantile(torch.tensor([0.2, 0.5, 0.8])).mul(1e3)
-    return {"median_ms": round(median.item(), 4), "p20_ms": round(p20.item(), 4),
-            "p80_ms": round(p80.item(), 4)}  # fmt: skip
+@contextlib.contextmanager
+def quiet(enabled: bool) -> Iterator[None]:
+    """Without warnings: torch.compile's own, which this suite would turn into errors."""
+    with warnings.catch_warnings():
+        if enabled:
+            warnings.simplefilter("ignore")
+        yield
 
 
-def environment() -> dict[str, str | int]:
-    """What a row needs to be comparable with another."""
-    sha = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True, text=True, cwd=Path(__file__).parent,
-    ).stdout.strip()  # fmt: skip
-    on_cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if on_cuda else get_cpu_info()["brand_raw"]
-    return {"commit": sha, "torch": torch.__version__, "python": platform.python_version(),
-            "device": device, "threads": torch.get_num_threads()}  # fmt: skip
+def check(
+    forward: Callable[[], Tensor],
+    leaves: tuple[Tensor, ...],
+    expected: Tensor | None,
+    reference: Callable[[], Tensor] | None,
+    direction: Tensor,
+    tolerance: float,
+) -> None:
+    """Raise AssertionError where the output, or a gradient, is not the reference's."""
+    output = forward()
+    grads = torch.autograd.grad(output, leaves, direction) if leaves else ()
+    if reference is not None:
+        expected = reference()
+        wanted = torch.autograd.grad(expected, leaves, direction) if leaves else ()
+        for index, (grad, want) in enumerate(zip(grads, wanted, strict=True)):
+            error = (grad.float() - want.float()).abs().max() / want.float().abs().max()
+            limit = GRAD_SLACK * tolerance
+            assert error <= limit, f"gradient {index}: relative {error=:.2e} {limit=:.0e}"
+    if expected is not None:
+        torch.testing.assert_close(
+            output, expected, rtol=tolerance, atol=tolerance, check_dtype=False
+        )
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    path = session.config.getoption("--results")
-    if path and ROWS:
-        with open(path, "a") as file:
-            for row in ROWS:
-                file.write(json.dumps({**row, **environment()}) + "\n")
+def times(benchmark, step, flush, device: str, budget: float) -> dict[str, object]:
+    """median, p20 and p80; on a GPU of the device's own time, with wall and graph time beside it."""
+    if device == "cpu":
+        benchmark.pedantic(step, setup=flush, rounds=rounds_for(step, flush, budget))
+        seconds = [] if benchmark.disabled else benchmark.stats.stats.data
+        return {**percentiles(seconds), "rounds": len(seconds)} if seconds else {"median_ms": 0.0}
+
+    def waited() -> None:
+        step()
+        torch.cuda.synchronize()
+
+    rounds = rounds_for(waited, flush, budget / 2)
+    benchmark.pedantic(waited, setup=flush, rounds=rounds)
+    row: dict[str, object] = {
+        **percentiles(device_seconds(step, flush, rounds)),
+        "rounds": rounds,
+        "launches": kernel_launches(step),
+    }
+    if not benchmark.disabled:
+        row["wall_ms"] = percentiles(benchmark.stats.stats.data)["median_ms"]
+    try:
+        row["graph_ms"] = percentiles(graph_seconds(step, flush, rounds))["median_ms"]
+    except Exception as error:
+        row["graph_ms"], row["no_graph"] = None, str(error).splitlines()[0]
+    return row
+
+
+def floor_share(cost: Cost, device: str, dtype: torch.dtype, median_ms: float) -> dict[str, object]:
+    """Counted work, the time it needs at this machine's measured rates, and our share of that."""
+    least = floor(cost, device, dtype)
+    return {
+        "bytes": cost.bytes,
+        "flops": cost.flops,
+        "floor_ms": round(least.ms, 5),
+        "floor_share": round(least.ms / median_ms, 4) if median_ms else None,
+        "copy_gb_s": round(least.copy_gb_s, 1),
+        "gemm_tflop_s": round(least.gemm_tflop_s, 3),
+    }

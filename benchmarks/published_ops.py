@@ -76,11 +76,19 @@ def masked_reconstruction_loss(
     return torch.stack(losses).mean()
 
 
-def info_nce(audio: Tensor, video: Tensor, temperature: float = 0.05) -> Tensor:
-    """audio, video (B, D) -> softmax over audio for each video, B x B logits kept for backward."""
+def info_nce(
+    audio: Tensor, video: Tensor, temperature: float = 0.05, symmetric: bool = False
+) -> Tensor:
+    """audio, video (B, D) -> softmax over audio for each video, B x B logits kept for backward.
+
+    symmetric: the mean of that and of the softmax over video for each audio.
+    """
     audio, video = F.normalize(audio, dim=-1), F.normalize(video, dim=-1)
     logits = audio @ video.T / temperature
-    return -F.log_softmax(logits, dim=0).diagonal().mean()
+    loss = -F.log_softmax(logits, dim=0).diagonal().mean()
+    if not symmetric:
+        return loss
+    return (loss - F.log_softmax(logits, dim=1).diagonal().mean()) / 2
 
 
 def distillation_loss(p: Tensor, q: Tensor) -> Tensor:
