@@ -2,7 +2,7 @@
 # make test    install into .venv, run the test suite
 # make help    the other targets
 #
-# Settings: PYTHON=python3.12  VENV=.venv  TORCH=torch==2.13.0  TORCH_ARGS="--index-url URL"
+# Settings: RESULTS=FILE  PYTHON=python3.12  VENV=.venv  TORCH=torch==2.13.0  TORCH_ARGS="--index-url URL"
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint typecheck smoke bench clean
+.PHONY: help install demo test test-slow lint typecheck smoke bench bench-full clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -63,6 +63,11 @@ smoke: install  ## a short DeepSpeed run on two processes
 
 bench: install  ## the benchmark suite at toy shapes
 	$(RUN) $(BIN)/python -m pytest benchmarks --benchmark-only
+
+RESULTS ?= benchmarks/results/cpu-$(shell date +%F).jsonl
+bench-full: install  ## the real shapes: rows to benchmarks/results, report to runs/bench
+	$(RUN) $(BIN)/python -m pytest benchmarks -q --benchmark-only --full --results $(RESULTS)
+	$(RUN) kdcmae bench report $(RESULTS) --output runs/bench
 
 clean:  ## remove build products and runs, keep .venv
 	rm -rf build dist runs *.egg-info kdcmae_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache

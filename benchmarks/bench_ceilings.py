@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-COPIED = {"cpu": 2**28, "cuda": 2**30}  # bytes of the copied tensor: several times any cache's share
+COPIED = {
+    "cpu": 2**28,
+    "cuda": 2**30,
+}  # bytes of the copied tensor: several times any cache's share
 GEMM = {"cpu": (1024, 768, 3072), "cuda": (8192, 8192, 8192)}
 
 

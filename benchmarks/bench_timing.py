@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 FLUSHED = {"cpu": 2**26, "cuda": 2**28}  # bytes: 16 times a core's second level, 4 times an H200's
-WARMUP = 2
+WARMUP = 1  # beside the steps that were checked and whose memory was measured
 ROUNDS = (5, 100)  # at least, at most
 
 
@@ -26,7 +26,7 @@ def rounds_for(step: Callable[[], None], flush: Callable[[], None], budget: floa
 
 
 def cold_cache(device: str) -> Callable[[], None]:
-    """A function after which nothing of a step's tensors is cached (CPU: in a core's own caches)."""
+    """A function that drives a step's tensors out of the cache (CPU: of a core's own caches)."""
     buffer = torch.empty(FLUSHED[device] // 4, device=device)
 
     def flush() -> None:

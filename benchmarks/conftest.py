@@ -15,7 +15,7 @@ import torch
 from bench_ceilings import Cost, floor
 from bench_environment import SEED, environment
 from bench_memory import kernel_launches, peak_bytes, saved_bytes
-from bench_providers import COMPILE, choose
+from bench_providers import COMPILE, PUBLISHED, choose
 from bench_timing import cold_cache, device_seconds, graph_seconds, percentiles, rounds_for
 from torch import Tensor
 
@@ -78,8 +78,8 @@ def measure(request, benchmark, device, full, flush, write_row) -> Callable[...,
 
     No row is written when the output differs from `expected` by more than `tolerance` (relative
     and absolute). `reference` is instead a function like `forward`, whose gradients are compared
-    too, relative to their largest entry. cost: {"fwd": Cost, "fwd+bwd": Cost}, the least the op
-    must do, for the share of this machine's floor.
+    too in the mode that has them, relative to their largest entry.
+    cost: {"fwd": Cost, "fwd+bwd": Cost}, the least the op must do, for the share of the floor.
     """
 
     def run(
@@ -98,9 +98,13 @@ def measure(request, benchmark, device, full, flush, write_row) -> Callable[...,
         if backward and not leaves:
             pytest.skip("nothing to differentiate")
         with quiet(provider == COMPILE):
-            output = forward().detach()
+            output = forward()
             direction = torch.randn_like(output) if output.dim() else torch.ones_like(output)
-            check(forward, leaves, expected, reference, direction, tolerance)
+            if provider == PUBLISHED:
+                reference = None  # it would be compared with itself
+            compared = leaves if backward else ()
+            check(output, compared, expected, reference, direction, tolerance)
+            output = output.detach()
 
         def step() -> None:
             result = forward()
@@ -134,15 +138,14 @@ def quiet(enabled: bool) -> Iterator[None]:
 
 
 def check(
-    forward: Callable[[], Tensor],
+    output: Tensor,
     leaves: tuple[Tensor, ...],
     expected: Tensor | None,
     reference: Callable[[], Tensor] | None,
     direction: Tensor,
     tolerance: float,
 ) -> None:
-    """Raise AssertionError where the output, or a gradient, is not the reference's."""
-    output = forward()
+    """Raise AssertionError where the output, or a leaf's gradient, is not the reference's."""
     grads = torch.autograd.grad(output, leaves, direction) if leaves else ()
     if reference is not None:
         expected = reference()
@@ -158,7 +161,7 @@ def check(
 
 
 def times(benchmark, step, flush, device: str, budget: float) -> dict[str, object]:
-    """median, p20 and p80; on a GPU of the device's own time, with wall and graph time beside it."""
+    """median, p20, p80; on a GPU of the device's own time, with wall and graph time beside it."""
     if device == "cpu":
         benchmark.pedantic(step, setup=flush, rounds=rounds_for(step, flush, budget))
         seconds = [] if benchmark.disabled else benchmark.stats.stats.data

@@ -10,10 +10,11 @@ from kdcmae_fast import kernels
 # Visible image, audio and joint tokens of one view, and all tokens; rows of the batch that keep
 # the work of a step about equal.
 BATCHES = {49: 64, 128: 10, 177: 8, 708: 8}
+PROVIDERS = ("published", "auto", "sdpa", "torch", "flash_attn", "xformers")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
-@pytest.mark.parametrize("provider", ("published", "sdpa", "torch", "flash_attn", "xformers"))
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("heads, head_dim", [(12, 64), (16, 32)])
 @pytest.mark.parametrize("length", BATCHES)

@@ -45,9 +45,7 @@ def test_info_nce(batch, symmetric, dtype, provider, full, device, choose, measu
     if device == "cpu" and dtype == torch.bfloat16:
         pytest.skip("on a CPU 16-bit operands are widened first; there is nothing to gain")
     batch, dim = (batch, 768) if full else (batch // 16, 192)
-    audio, video = (
-        torch.randn(batch, dim, device=device).to(dtype).requires_grad_() for _ in "av"
-    )
+    audio, video = (torch.randn(batch, dim, device=device).to(dtype).requires_grad_() for _ in "av")
 
     def published_way():
         return published.info_nce(audio, video, TAU, symmetric)

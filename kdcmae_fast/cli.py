@@ -6,6 +6,7 @@ are imported by the subcommand that needs them, so that `kdcmae --help` is quick
 
 import argparse
 import contextlib
+import glob
 import logging
 import os
 import sys
@@ -254,6 +255,50 @@ def _convert(options: argparse.Namespace) -> None:
     print(f"wrote {options.target}")
 
 
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("report",), help="report: tables and plots of results")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        metavar="FILE",
+        help="results of `pytest benchmarks --results FILE` (default: benchmarks/results/*.jsonl)",
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", help="write DIR/report.md, plots and DIR/metrics.json"
+    )
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help="make the tables between <!-- bench:NAME --> and <!-- /bench --> lines anew",
+    )
+    parser.add_argument(
+        "--tables",
+        default="benchmarks/tables.yaml",
+        metavar="YAML",
+        help="with --update: the tables and the documents that hold them",
+    )
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from kdcmae_fast import bench
+
+    if options.update:
+        if options.files or options.output:
+            raise ValueError(f"--update takes no FILE and no --output; {options.tables} names both")
+        changed = bench.update_documents(options.tables)
+        print("\n".join(f"updated {path}" for path in changed) or "all tables are up to date")
+        return
+    files = options.files or sorted(glob.glob("benchmarks/results/*.jsonl"))
+    if not files:
+        raise ValueError("benchmarks/results holds no *.jsonl here; name the results files")
+    if options.output:
+        metrics = bench.write_report(files, options.output)
+        pictures = len(metrics["pictures"])
+        print(f"wrote report.md, metrics.json and {pictures} plots to {options.output}")
+    else:
+        print(bench.report_text(files))
+
+
 @contextlib.contextmanager
 def _log_shown() -> Iterator[None]:
     """The library's messages on stderr, as they stand."""
@@ -300,6 +345,7 @@ COMMANDS = {
     "backends": Command(
         "which implementation each op takes here, and why", _add_backends, _backends
     ),
+    "bench": Command("tables and plots of benchmark results", _add_bench, _bench),
     "settings": Command("every setting with its default and unit", _add_settings, _settings),
 }
 
