@@ -22,7 +22,7 @@ from torch import Tensor
 __all__ = ["choose"]  # a fixture
 
 MODES = ("fwd", "fwd+bwd")
-BUDGET = {True: 0.6, False: 0.03}  # seconds of timed steps per row at real and at toy shapes
+BUDGET = {True: 0.4, False: 0.03}  # seconds of timed steps per row at real and at toy shapes
 GRAD_SLACK = 10.0  # a gradient may be off by this many times the tolerance of the output
 
 

@@ -199,6 +199,7 @@ def test_report_on_stdout(kdcmae, folder):
     assert (code, err) == (0, "")
     assert out == report_text([folder / "rows.jsonl"]) + "\n"
     assert "## A chip, 2 threads, torch 9.9, 2026-01-02, commit abc" in out
+    assert out.index("### Summary") < out.index("| op B=4 | fwd+bwd | 40.0 | 41.0 (0.98x) | |")
     assert "| torch | fwd+bwd | 12.5 | 11.2-13.8 | 0.80x |" in out
 
 

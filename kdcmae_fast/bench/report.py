@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from kdcmae_fast.bench.rows import MODES, PUBLISHED, GroupRun, Row, Run, group_runs, read_rows
-from kdcmae_fast.bench.tables import markdown, megabytes, milliseconds, percent, row_figures, times
+from kdcmae_fast.bench.tables import (
+    comparison,
+    markdown,
+    megabytes,
+    milliseconds,
+    percent,
+    row_figures,
+    times,
+)
 from kdcmae_fast.messages import require_folder
 
 HEAD = ("provider", "mode", "median ms", "p20-p80", "speed", "wall ms", "graph ms", "launches",
@@ -70,9 +78,12 @@ def _text(groups: Sequence[GroupRun]) -> str:
     parts = ["# Benchmarks", NOTES]
     for run in runs(groups):
         parts += [f"## {run}", *_machine(run, groups)]
-        for entry in groups:
-            if entry.run == run:
-                parts += [f"### {entry.group}", "\n".join(_rows(entry))]
+        own = [entry for entry in groups if entry.run == run]
+        for entry in own:
+            parts += [f"### {entry.group}", "\n".join(_rows(entry))]
+        providers = dict.fromkeys(row.provider for entry in own for row in _all(entry))
+        summary = comparison([(entry.group, entry) for entry in own], list(providers))
+        parts += ["### Summary", "\n".join(summary)]
     return "\n\n".join(parts)
 
 

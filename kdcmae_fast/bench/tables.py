@@ -145,19 +145,28 @@ def _providers_table(name: str, spec: TableSpec, entries: Sequence[Entry]) -> li
     """One column per provider: median of each mode and, in the last of them, the speed."""
     if not spec.providers:
         raise ValueError(f"table {name}: name its providers")
+    return comparison([(entry.label, entry.found) for entry in entries], spec.providers, spec.modes)
+
+
+def comparison(
+    groups: Sequence[tuple[str, GroupRun]],
+    providers: Sequence[str],
+    modes: Sequence[str] | None = None,
+) -> list[str]:
+    """A line per (label, group), a column per provider: medians of its modes, speed in the last."""
     cells = []
-    for entry in entries:
-        modes: Sequence[str] = spec.modes or tuple(entry.found.modes)
-        line = [entry.label, " / ".join(modes)]
-        for provider in spec.providers:
-            found = [entry.found.get(provider, mode) for mode in modes]
-            text = " / ".join(milliseconds(row.median_ms) if row else "-" for row in found)
-            speed = entry.found.speed(provider, modes[-1])
+    for label, found in groups:
+        own = modes or tuple(found.modes)
+        line = [label, " / ".join(own)]
+        for provider in providers:
+            rows = [found.get(provider, mode) for mode in own]
+            text = " / ".join(milliseconds(row.median_ms) if row else "-" for row in rows)
+            speed = found.speed(provider, own[-1])
             if speed is not None and provider != PUBLISHED:
                 text += f" ({times(speed)})"
-            line.append("" if not any(found) else text)
+            line.append(text if any(rows) else "")
         cells.append(line)
-    return markdown(["op", "ms of", *spec.providers], cells)
+    return markdown(["op", "ms of", *providers], cells)
 
 
 def _row(name: str, found: GroupRun, provider: str, mode: str) -> Row:
