@@ -8,7 +8,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from cpuinfo import get_cpu_info
 
 SEED = 0
 ROOT = Path(__file__).parents[1]
@@ -28,12 +27,21 @@ def environment() -> dict[str, object]:
         "torch": torch.__version__,
         "triton": version("triton"),
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if on_cuda else get_cpu_info()["brand_raw"],
+        "device": torch.cuda.get_device_name() if on_cuda else cpu_name(),
         "threads": torch.get_num_threads(),
     }
     if on_cuda:
         facts |= {"cuda": torch.version.cuda, **gpu_state()}
     return facts
+
+
+def cpu_name() -> str:
+    """The processor's own name, where pytest-benchmark brought what reads it."""
+    try:
+        from cpuinfo import get_cpu_info
+    except ImportError:
+        return platform.processor() or platform.machine()
+    return get_cpu_info()["brand_raw"]
 
 
 def source() -> tuple[str, bool | None]:

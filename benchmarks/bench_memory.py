@@ -1,9 +1,12 @@
 """Memory and kernel launches of one step."""
 
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 NOT_KERNELS = ("Memcpy", "Memset")
@@ -35,10 +38,7 @@ def peak_bytes(step: Callable[[], None], device: str) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = profiler.profiler.kineto_results.events()
-    changes = [event for event in events if event.name() == "[memory]"]
+    changes = [event for event in _events(step, profile_memory=True) if event.name() == "[memory]"]
     now = peak = 0
     for change in sorted(changes, key=lambda event: event.start_ns()):
         now += change.nbytes()
@@ -48,12 +48,18 @@ def peak_bytes(step: Callable[[], None], device: str) -> int:
 
 def kernel_launches(step: Callable[[], None]) -> int:
     """Kernels that one step runs on the GPU; copies and fills by the driver are not counted."""
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        step()
-        torch.cuda.synchronize()
     return sum(
-        event.device_type() == torch.autograd.DeviceType.CUDA
-        and not event.name().startswith(NOT_KERNELS)
-        for event in profiler.profiler.kineto_results.events()
+        event.device_type() == DeviceType.CUDA and not event.name().startswith(NOT_KERNELS)
+        for event in _events(step, ProfilerActivity.CUDA)
     )
+
+
+def _events(step: Callable[[], None], *activities: ProfilerActivity, **options: bool) -> list[Any]:
+    """The profiler's events of one step."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the profiler's own advice
+        with profile(activities=[ProfilerActivity.CPU, *activities], **options) as profiler:
+            step()
+            if ProfilerActivity.CUDA in activities:
+                torch.cuda.synchronize()
+    return profiler.profiler.kineto_results.events()

@@ -37,6 +37,13 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _float32_is_float32() -> None:
+    """No TF32 for anybody: PyTorch's default allows it in convolutions and not in products."""
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
 @pytest.fixture(scope="session")
 def full(request: pytest.FixtureRequest, device: str) -> bool:
     """Whether to take the real shapes."""
@@ -171,8 +178,12 @@ def times(benchmark, step, flush, device: str, budget: float) -> dict[str, objec
         step()
         torch.cuda.synchronize()
 
-    rounds = rounds_for(waited, flush, budget / 2)
-    benchmark.pedantic(waited, setup=flush, rounds=rounds)
+    def flushed() -> None:
+        flush()
+        torch.cuda.synchronize()
+
+    rounds = rounds_for(waited, flushed, budget / 2)
+    benchmark.pedantic(waited, setup=flushed, rounds=rounds)
     row: dict[str, object] = {
         **percentiles(device_seconds(step, flush, rounds)),
         "rounds": rounds,

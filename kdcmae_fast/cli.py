@@ -280,23 +280,25 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from kdcmae_fast import bench
-
     if options.update:
+        from kdcmae_fast.bench.documents import update_documents
+
         if options.files or options.output:
             raise ValueError(f"--update takes no FILE and no --output; {options.tables} names both")
-        changed = bench.update_documents(options.tables)
+        changed = update_documents(options.tables)
         print("\n".join(f"updated {path}" for path in changed) or "all tables are up to date")
         return
+    from kdcmae_fast.bench.report import report_text, write_report
+
     files = options.files or sorted(glob.glob("benchmarks/results/*.jsonl"))
     if not files:
         raise ValueError("benchmarks/results holds no *.jsonl here; name the results files")
     if options.output:
-        metrics = bench.write_report(files, options.output)
+        metrics = write_report(files, options.output)
         pictures = len(metrics["pictures"])
         print(f"wrote report.md, metrics.json and {pictures} plots to {options.output}")
     else:
-        print(bench.report_text(files))
+        print(report_text(files))
 
 
 @contextlib.contextmanager

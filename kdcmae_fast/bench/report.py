@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdcmae_fast.bench.rows import MODES, PUBLISHED, GroupRun, Row, Run, group_runs, read_rows
-from kdcmae_fast.bench.tables import (
+from kdcmae_fast.bench.markdown import (
     comparison,
     markdown,
     megabytes,
     milliseconds,
     percent,
-    row_figures,
     times,
 )
+from kdcmae_fast.bench.rows import MODES, PUBLISHED, GroupRun, Row, Run, group_runs, read_rows
 from kdcmae_fast.messages import require_folder
 
 HEAD = ("provider", "mode", "median ms", "p20-p80", "speed", "wall ms", "graph ms", "launches",
@@ -138,10 +137,20 @@ def _size(row: Row, name: str) -> str:
 def _run_metrics(run: Run, groups: Sequence[GroupRun]) -> dict[str, Any]:
     figures = {
         entry.group: {
-            mode: {who: row_figures(row, entry.speed(who, mode)) for who, row in found.items()}
+            mode: {who: _figures(row, entry.speed(who, mode)) for who, row in found.items()}
             for mode, found in entry.modes.items()
         }
         for entry in groups
         if entry.run == run
     }
     return {**run._asdict(), "groups": figures}
+
+
+def _figures(row: Row, speed: float | None) -> dict[str, Any]:
+    """What metrics.json tells of one row."""
+    names = ("wall_ms", "graph_ms", "launches", "bytes", "flops", "floor_ms", "floor_share",
+             "peak_bytes", "saved_for_backward_bytes")  # fmt: skip
+    figures: dict[str, Any] = {
+        "median_ms": row.median_ms, "p20_ms": row.p20_ms, "p80_ms": row.p80_ms, "speed": speed,
+    }  # fmt: skip
+    return figures | {name: row.more[name] for name in names if row.more.get(name) is not None}

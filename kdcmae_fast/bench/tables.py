@@ -20,19 +20,20 @@ The file, `benchmarks/tables.yaml` here, with paths relative to its own folder:
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from kdcmae_fast.bench.rows import (
-    PUBLISHED,
-    GroupRun,
-    Row,
-    group_runs,
-    latest,
-    read_rows,
+from kdcmae_fast.bench.markdown import (
+    comparison,
+    markdown,
+    megabytes,
+    milliseconds,
+    percent,
+    times,
 )
+from kdcmae_fast.bench.rows import PUBLISHED, GroupRun, Row, group_runs, latest, read_rows
 
 
 class RowSpec(BaseModel):
@@ -148,27 +149,6 @@ def _providers_table(name: str, spec: TableSpec, entries: Sequence[Entry]) -> li
     return comparison([(entry.label, entry.found) for entry in entries], spec.providers, spec.modes)
 
 
-def comparison(
-    groups: Sequence[tuple[str, GroupRun]],
-    providers: Sequence[str],
-    modes: Sequence[str] | None = None,
-) -> list[str]:
-    """A line per (label, group), a column per provider: medians of its modes, speed in the last."""
-    cells = []
-    for label, found in groups:
-        own = modes or tuple(found.modes)
-        line = [label, " / ".join(own)]
-        for provider in providers:
-            rows = [found.get(provider, mode) for mode in own]
-            text = " / ".join(milliseconds(row.median_ms) if row else "-" for row in rows)
-            speed = found.speed(provider, own[-1])
-            if speed is not None and provider != PUBLISHED:
-                text += f" ({times(speed)})"
-            line.append(text if any(rows) else "")
-        cells.append(line)
-    return markdown(["op", "ms of", *providers], cells)
-
-
 def _row(name: str, found: GroupRun, provider: str, mode: str) -> Row:
     row = found.get(provider, mode)
     if row is None:
@@ -180,44 +160,3 @@ def _change(before: Row, ours: Row, name: str) -> str:
     """ "published -> ours" in megabytes, empty where not both were measured."""
     old, new = before.number(name), ours.number(name)
     return "" if old is None or new is None else f"{megabytes(old)} -> {megabytes(new)}"
-
-
-def markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table whose first column is text; columns without any figure are left out."""
-    kept = [place for place in range(len(head)) if place == 0 or any(line[place] for line in cells)]
-    rule = ["---", *["---:"] * (len(kept) - 1)]
-    lines = [[head[place] for place in kept], rule]
-    lines += [[line[place] for place in kept] for line in cells]
-    return ["|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in lines]
-
-
-def milliseconds(value: float) -> str:
-    """Three digits or so: 388, 64.7, 5.09, 0.514, 0.0123."""
-    for limit, digits in ((100, 0), (10, 1), (1, 2), (0.1, 3)):
-        if value >= limit:
-            return f"{value:.{digits}f}"
-    return f"{value:.4f}"
-
-
-def times(value: float) -> str:
-    """A ratio, with two decimals where a win and a loss lie close together."""
-    return f"{value:.2f}x" if value < 2 else f"{value:.1f}x"
-
-
-def megabytes(count: float) -> str:
-    value = count / 1e6
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
-
-
-def percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.0f} %"
-
-
-def row_figures(row: Row, speed: float | None) -> dict[str, Any]:
-    """What metrics.json tells of one row."""
-    names = ("wall_ms", "graph_ms", "launches", "bytes", "flops", "floor_ms", "floor_share",
-             "peak_bytes", "saved_for_backward_bytes")  # fmt: skip
-    figures: dict[str, Any] = {
-        "median_ms": row.median_ms, "p20_ms": row.p20_ms, "p80_ms": row.p80_ms, "speed": speed,
-    }  # fmt: skip
-    return figures | {name: row.more[name] for name in names if row.more.get(name) is not None}

@@ -155,9 +155,9 @@ def test_the_swap_changes_no_number(impl, norm_pix, mask_ratio):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_swap_changes_no_number_on_a_gpu():
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the plain convolution
-        plain, fused = both("auto", True, torch.float32, "cuda")
+def test_the_swap_changes_no_number_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")  # no TF32
+    plain, fused = both("auto", True, torch.float32, "cuda")
     torch.testing.assert_close(fused[0], plain[0], rtol=1e-5, atol=1e-5)
     for name, grad in plain[3].items():
         error = (fused[3][name] - grad).norm() / grad.norm()
