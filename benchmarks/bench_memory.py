@@ -25,12 +25,14 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
     return sum(storages.values())
 
 
-def peak_bytes(step: Callable[[], None], device: str) -> int:
+def peak_bytes(step: Callable[[], None], device: str | None = None) -> int:
     """Peak of the allocations above what was there before the step.
 
     CUDA: the caching allocator's own maximum. CPU: the running sum of PyTorch's allocator events,
     which leaves out what C++ code takes from malloc directly, such as a GEMM's packing buffers.
+    device: "cuda" or "cpu"; by default "cuda" where there is one.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -74,6 +74,23 @@ def write_row(request: pytest.FixtureRequest) -> Callable[[dict], None]:
     return write
 
 
+@pytest.fixture
+def record(benchmark, write_row) -> Callable[..., None]:
+    """For benchmarks that time themselves: record(provider=, mode=, ...) after `benchmark` has run
+    writes its row with these figures. seconds: times to write instead of the benchmark's own."""
+
+    def write(
+        *, group: str | None = None, seconds: list[float] | None = None, **figures: object
+    ) -> None:
+        benchmark.extra_info.update(figures)
+        if not benchmark.disabled:
+            taken = seconds or benchmark.stats.stats.data
+            row = {"group": group or benchmark.group, **figures, **percentiles(taken)}
+            write_row({**row, "rounds": len(taken)})
+
+    return write
+
+
 @pytest.fixture(params=MODES)
 def measure(request, benchmark, device, full, flush, write_row) -> Callable[..., None]:
     """Time one provider of one op, forward alone and then with its backward pass.

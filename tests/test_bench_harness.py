@@ -48,6 +48,15 @@ def test_op(provider, measure):
 def test_as_others_call_it(provider, measure):
     measure("plain", provider, WAYS[provider], (x,), (x * 2).detach(), 1e-5)
 
+def test_own_timing(benchmark, record):
+    benchmark.group = "own"
+    benchmark.pedantic(x.sum, rounds=4)
+    record(provider="right", mode="fwd", samples=3)
+
+def test_given_times(benchmark, record):
+    benchmark.pedantic(x.sum, rounds=4)
+    record(group="given", provider="right", mode="fwd", seconds=[0.25, 0.5, 0.75])
+
 def test_forward_only(measure):
     measure("leafless", "right", lambda: torch.ones(3).sum(), expected=torch.tensor(3.0))
 """
@@ -77,7 +86,7 @@ def test_only_right_results_leave_a_row(session):
         ("op", "right", "fwd"), ("op", "right", "fwd+bwd"),
         ("op", "wrong_gradient", "fwd"),
         ("plain", "right", "fwd"), ("plain", "right", "fwd+bwd"),
-        ("leafless", "right", "fwd"),
+        ("leafless", "right", "fwd"), ("own", "right", "fwd"), ("given", "right", "fwd"),
     }, output  # fmt: skip
     assert "gradient 0: relative error=2.5" in output
 
@@ -92,6 +101,13 @@ def test_a_row_says_what_was_measured(session):
     assert row["peak_bytes"] >= 2 * 16 * 8 * 4
     for name in ("run", "date", "commit", "torch", "python", "device", "threads", "seed"):
         assert row[name] not in (None, "")
+
+
+def test_benchmarks_that_time_themselves_have_rows_too(session):
+    rows = {row["group"]: row for row in session[1]}
+    assert (rows["own"]["samples"], rows["own"]["rounds"]) == (3, 4)
+    given = rows["given"]
+    assert (given["min_ms"], given["median_ms"], given["p80_ms"]) == (250, 500, 650)
 
 
 def test_peak_bytes_counts_what_is_alive_at_once():
