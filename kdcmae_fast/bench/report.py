@@ -17,8 +17,10 @@ from kdcmae_fast.bench.markdown import (
 from kdcmae_fast.bench.rows import MODES, PUBLISHED, GroupRun, Row, Run, group_runs, read_rows
 from kdcmae_fast.messages import require_folder
 
-HEAD = ("provider", "mode", "median ms", "p20-p80", "speed", "wall ms", "graph ms", "launches",
-        "of the floor", "saved MB", "peak MB")  # fmt: skip
+HEAD = (
+    "provider", "mode", "median ms", "p20-p80", "speed", "wall ms", "graph ms", "launches",
+    "samples/s", "MFU", "of the floor", "saved MB", "peak MB",
+)  # fmt: skip
 NOTES = """\
 Speed: the published sequence's median over the row's, from the same run; below 1 is a loss. Floor:
 the longer of the op's least memory traffic at this machine's copy rate and its matrix products at
@@ -117,6 +119,8 @@ def _rows(entry: GroupRun) -> list[str]:
                 _time(row, "wall_ms"),
                 _time(row, "graph_ms"),
                 "" if row.number("launches") is None else str(row.more["launches"]),
+                _rate(row),
+                percent(row.number("mfu")),
                 percent(row.number("floor_share")),
                 _size(row, "saved_for_backward_bytes"),
                 _size(row, "peak_bytes"),
@@ -127,6 +131,11 @@ def _rows(entry: GroupRun) -> list[str]:
 def _time(row: Row, name: str) -> str:
     value = row.number(name)
     return "" if value is None else milliseconds(value)
+
+
+def _rate(row: Row) -> str:
+    value = row.number("samples_per_second")
+    return "" if value is None else f"{value:.4g}"
 
 
 def _size(row: Row, name: str) -> str:
@@ -149,7 +158,7 @@ def _run_metrics(run: Run, groups: Sequence[GroupRun]) -> dict[str, Any]:
 def _figures(row: Row, speed: float | None) -> dict[str, Any]:
     """What metrics.json tells of one row."""
     names = ("wall_ms", "graph_ms", "launches", "bytes", "flops", "floor_ms", "floor_share",
-             "peak_bytes", "saved_for_backward_bytes")  # fmt: skip
+             "peak_bytes", "saved_for_backward_bytes", "samples_per_second", "mfu")  # fmt: skip
     figures: dict[str, Any] = {
         "median_ms": row.median_ms, "p20_ms": row.p20_ms, "p80_ms": row.p80_ms, "speed": speed,
     }  # fmt: skip
