@@ -1,26 +1,20 @@
 """Cross-modal retrieval: where each clip's own pair ranks among all the others, both ways.
 
-One pass over tiles of the similarity matrix counts, for every row and every column, the entries
-above and equal to the true pair's. That gives both directions' ranks in O(N) memory and without
-a sort. Only the tile function knows what a similarity is, so another one (per-frame features and
-their aggregations) needs no other code here.
+`kernels.retrieval_ranks` counts, for every row and every column of the similarity matrix, the
+entries above and equal to the true pair's: both directions' ranks in one pass and O(N) memory. Here
+they become the figures that papers report.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from kdcmae_fast.kernels import retrieval_ranks
+
 Ties = Literal["average", "optimistic", "published"]
-Tile = Callable[[slice, slice], Tensor]
 
 RECALL_AT = (1, 5, 10)
-
-# Cosines are computed in fp64, where clips with equal features differ by rounding (1e-15) and
-# unrelated ones by far more: nearer than this is a tie, whatever tile the two fell into.
-TIE_TOLERANCE = 1e-10
 
 
 class PairCounts(NamedTuple):
@@ -84,7 +78,7 @@ def retrieval_scores(
     *,
     ties: Ties = "average",
     recall_at: tuple[int, ...] = RECALL_AT,
-    tile_size: int = 2048,
+    tile_size: int | None = None,
 ) -> RetrievalScores:
     """Rank every clip's pair among all N, audio to video and video to audio, by cosine.
 
@@ -93,7 +87,7 @@ def retrieval_scores(
       "average" rank g + (e + 1) / 2, which constant features cannot exploit; "optimistic" rank
       g + 1; "published" the CAV-MAE Sync evaluation (arXiv 2505.01237), where the query counts e
       times, at ranks g + 1 ... g + e, and one whose score is NaN not at all.
-    tile_size: rows and columns of similarities held at once.
+    tile_size: most rows and columns of similarities held at once; None: as suits the machine.
 
     Raises ValueError for shapes that do not pair up, and for non-finite features unless
     ties="published".
@@ -102,7 +96,9 @@ def retrieval_scores(
     if ties != "published":
         _check_finite("audio", audio)
         _check_finite("video", video)
-    rows, columns = count_pairs(cosine_tiles(audio, video), len(audio), tile_size, audio.device)
+    # Every mode of ties follows from the counts; "published" alone lets NaN through.
+    ranks = retrieval_ranks(audio[:, None], video[:, None], ties="published", tile_size=tile_size)
+    rows, columns = (PairCounts(side.above, side.equal) for side in ranks)
     return RetrievalScores(
         audio_to_video=summarise(rows, ties, recall_at),
         video_to_audio=summarise(columns, ties, recall_at),
@@ -110,41 +106,6 @@ def retrieval_scores(
         num_clips=len(audio),
         ties=ties,
     )
-
-
-def cosine_tiles(a: Tensor, b: Tensor) -> Tile:
-    """Tiles of the (N, M) cosine matrix of a (N, D) and b (M, D), in fp64."""
-
-    def tile(rows: slice, columns: slice) -> Tensor:
-        return _unit_rows(a[rows]) @ _unit_rows(b[columns]).T
-
-    return tile
-
-
-def count_pairs(
-    tile: Tile, num_clips: int, tile_size: int, device: torch.device
-) -> tuple[PairCounts, PairCounts]:
-    """Compare each S[i, i] with row i and with column i of an N x N similarity S.
-
-    `tile(rows, columns)` gives S[rows, columns] in fp64. Returns (rows as queries, columns as
-    queries).
-    """
-    blocks = [
-        slice(start, min(start + tile_size, num_clips)) for start in range(0, num_clips, tile_size)
-    ]
-    own = torch.cat([tile(block, block).diagonal() for block in blocks])
-    more, least = own + TIE_TOLERANCE, own - TIE_TOLERANCE
-    counts = torch.zeros(4, num_clips, dtype=torch.int64, device=device)
-    above_row, from_row, above_column, from_column = counts  # from: as similar or more
-    for rows in blocks:
-        for columns in blocks:
-            scores = tile(rows, columns)
-            above_row[rows] += (scores > more[rows, None]).sum(1)
-            from_row[rows] += (scores >= least[rows, None]).sum(1)
-            above_column[columns] += (scores > more[columns]).sum(0)
-            from_column[columns] += (scores >= least[columns]).sum(0)
-    by_row = PairCounts(above_row, from_row - above_row)
-    return by_row, PairCounts(above_column, from_column - above_column)
 
 
 def summarise(counts: PairCounts, ties: Ties, recall_at: tuple[int, ...]) -> DirectionScores:
@@ -190,12 +151,8 @@ def _weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
     return float(values[order][middle].mean())
 
 
-def _unit_rows(x: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(x.to(torch.float64), dim=-1)
-
-
 def _check(
-    audio: Tensor, video: Tensor, ties: str, recall_at: tuple[int, ...], tile_size: int
+    audio: Tensor, video: Tensor, ties: str, recall_at: tuple[int, ...], tile_size: int | None
 ) -> None:
     if audio.ndim != 2 or audio.shape != video.shape or len(audio) == 0:
         raise ValueError(
@@ -206,7 +163,7 @@ def _check(
         raise ValueError(f"audio is on {audio.device} and video on {video.device}; move one")
     if ties not in get_args(Ties):
         raise ValueError(f"ties={ties!r} is not one of {', '.join(get_args(Ties))}")
-    if tile_size < 1 or not recall_at or min(recall_at) < 1:
+    if (tile_size is not None and tile_size < 1) or not recall_at or min(recall_at) < 1:
         raise ValueError(
             f"tile_size={tile_size} and recall_at={recall_at} must be positive, at least one k"
         )

@@ -16,6 +16,7 @@ from .masking import MaskPlan, complementary_masks
 from .mlp import mlp
 from .normalization import add_layer_norm
 from .reconstruction import masked_reconstruction_loss
+from .similarity import frame_similarity, retrieval_ranks
 from .tokens import assemble_decoder_input, embed_visible_patches, gather_tokens
 
 __all__ = [
@@ -28,9 +29,11 @@ __all__ = [
     "diagonal_maps",
     "distillation_loss",
     "embed_visible_patches",
+    "frame_similarity",
     "gather_tokens",
     "info_nce",
     "masked_reconstruction_loss",
     "max_pooled_info_nce",
     "mlp",
+    "retrieval_ranks",
 ]
