@@ -49,8 +49,8 @@ def assert_ranks(ranks, scores: np.ndarray, ties: str) -> None:
 @pytest.mark.parametrize("count", [1, 3, 65, 257])
 @pytest.mark.parametrize("tile_size", [None, 1, 32])
 def test_equals_sorting(strategy, count, tile_size):
-    if count == 257 and tile_size == 1:
-        tile_size = 100
+    if count > 3 and tile_size == 1:
+        tile_size = count // 3
     a, b = noisy_pairs(count)
     scores = frame_similarity(a.double(), b.double(), strategy=strategy, impl="torch").numpy()
     for tolerance in (1e-10, 0.0):
@@ -199,18 +199,18 @@ from kdcmae_fast.kernels import retrieval_ranks
 torch.set_num_threads(2)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 a = torch.randn({count}, {frames}, 4)
-retrieval_ranks(a[:400], a[:400], strategy="{strategy}")
+retrieval_ranks(a[:300], a[:300], strategy="{strategy}")
 before = peak()
 assert (retrieval_ranks(a, a, strategy="{strategy}").a_to_b.above >= 0).all()
 print(peak() - before)
 """
 
 
-@pytest.mark.parametrize("strategy, count, frames", [("mean", 12_000, 2), ("max", 2_000, 16)])
+@pytest.mark.parametrize("strategy, count, frames", [("mean", 12_000, 2), ("max", 800, 16)])
 def test_memory_grows_with_the_clips_not_with_their_square(strategy, count, frames):
     code = MEMORY.format(strategy=strategy, count=count, frames=frames)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    # In float64 the whole matrix takes 1.1 GB (mean), the frames' one 8 GB (max).
+    # In float64 the whole matrix takes 1.1 GB (mean), the frames' one 1.3 GB (max).
     assert int(done.stdout) < 100, f"{done.stdout} MiB"
 
 
