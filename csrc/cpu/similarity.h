@@ -17,8 +17,8 @@
 namespace kdcmae_fast {
 namespace {
 
-constexpr int64_t kClips = 384;      // a side of a tile at most, where frames meet one by one
-constexpr int64_t kFrames = 512;     // the same in frames, where all meet all
+constexpr int64_t kClips = 384;   // a side of a tile at most, where frames meet one by one
+constexpr int64_t kFrames = 512;  // the same in frames, where all meet all
 
 enum class Strategy { kDiagonalMean, kDiagonalMax, kMean, kMax };
 
@@ -77,13 +77,13 @@ KDCMAE_INLINE void block_max(int64_t m, int64_t frames, const T* x, T* best, int
   }
 }
 
-#define KDCMAE_PASSES(T)                                                                     \
+#define KDCMAE_PASSES(T)                                                                      \
   KDCMAE_CLONES void fold_clone(int64_t n, const T* x, int32_t label, T* best, int32_t* at) { \
-    fold_max(n, x, label, best, at);                                                         \
-  }                                                                                          \
+    fold_max(n, x, label, best, at);                                                          \
+  }                                                                                           \
   KDCMAE_CLONES void block_clone(int64_t m, int64_t frames, const T* x, T* best, int32_t* at, \
-                                 T* work, int32_t* work_at) {                                \
-    block_max(m, frames, x, best, at, work, work_at);                                        \
+                                 T* work, int32_t* work_at) {                                 \
+    block_max(m, frames, x, best, at, work, work_at);                                         \
   }
 KDCMAE_PASSES(float)
 KDCMAE_PASSES(double)

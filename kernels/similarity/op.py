@@ -164,9 +164,9 @@ class _FusedScores(torch.autograd.Function):
         ctx: Any, a: Tensor, b: Tensor, strategy: str, normalize: bool, impl: str
     ) -> Tensor:
         dtype = compute_dtype(a, b)
-        inverses = [library.inverse_norms(x, dtype, normalize) for x in (a, b)]
-        scores, index = library.forward(impl, a, b, *inverses, strategy)
-        ctx.save_for_backward(index, a, b, *inverses)
+        a_inverse, b_inverse = (library.inverse_norms(x, dtype, normalize) for x in (a, b))
+        scores, index = library.forward(impl, a, b, a_inverse, b_inverse, strategy)
+        ctx.save_for_backward(index, a, b, a_inverse, b_inverse)
         ctx.options = (strategy, normalize)
         ctx.impl = impl
         return scores
@@ -174,8 +174,9 @@ class _FusedScores(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        strategy, normalize = ctx.options
         by_a, by_b = (
-            library.gradient(ctx.impl, grad, ctx.saved_tensors, *ctx.options, of_b)
+            library.gradient(ctx.impl, grad, ctx.saved_tensors, strategy, normalize, of_b)
             if needed
             else None
             for of_b, needed in zip((False, True), ctx.needs_input_grad[:2], strict=True)
