@@ -4,7 +4,6 @@ The full shape is the CAV-MAE Sync test set, N=1545, T=16, D=768. The published 
 half an hour to ten there, so it is timed on a sample of pairs and extrapolated; its rows say so.
 """
 
-from pathlib import Path
 
 import published_similarity as published
 import pytest
@@ -61,7 +60,7 @@ def eager_ranks(a: torch.Tensor, b: torch.Tensor, strategy: str) -> torch.Tensor
 
 
 @EVERY
-def test_published_loop(strategy, sides, benchmark, request):
+def test_published_loop(strategy, sides, benchmark, record):
     """Not through `measure`: a sample of pairs, extrapolated to all pairs of both directions."""
     a, b = sides
     few = (a[:6].cpu(), b[:6].cpu())
@@ -79,13 +78,8 @@ def test_published_loop(strategy, sides, benchmark, request):
     group = described("retrieval_ranks", a, strategy)
     # pytest's own table shows one pair; the row has the extrapolation.
     benchmark.group = f"published loop, one pair of {group}"
-    benchmark.extra_info.update(extra)
     benchmark.pedantic(published.pair_similarity, (a[0], b[1], strategy), rounds=5)
-    if not benchmark.disabled:
-        shared = request.config.pluginmanager.getplugin(
-            str(Path(__file__).with_name("conftest.py"))
-        )
-        shared.ROWS.append({"group": group, **extra, **shared.timing(seconds)})
+    record(group=group, seconds=seconds, mode="fwd", **extra)
 
 
 @EVERY
