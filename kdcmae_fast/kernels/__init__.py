@@ -17,6 +17,7 @@ from .mlp import mlp
 from .normalization import add_layer_norm
 from .reconstruction import masked_reconstruction_loss
 from .similarity import frame_similarity, retrieval_ranks
+from .reconstruction import masked_head_reconstruction_loss, masked_reconstruction_loss
 from .tokens import assemble_decoder_input, embed_visible_patches, gather_tokens
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "frame_similarity",
     "gather_tokens",
     "info_nce",
+    "masked_head_reconstruction_loss",
     "masked_reconstruction_loss",
     "max_pooled_info_nce",
     "mlp",

@@ -26,7 +26,7 @@ class LossPlan(NamedTuple):
     dtype: torch.dtype
 
 
-def _raw_targets(
+def raw_targets(
     pixels: Tensor, tokens: Tensor, plan: LossPlan, mean: Tensor | None, std: Tensor | None
 ) -> Tensor:
     """(K*B*masked, P) in target order and `plan.dtype`, a fresh buffer."""
@@ -40,7 +40,7 @@ def _raw_targets(
     return normalize_pixels(target, mean, std, channel_fastest=True)
 
 
-def _patch_statistics(target: Tensor) -> tuple[Tensor, Tensor]:
+def patch_statistics(target: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and 1 / deviation per row, (rows, 1); the rows come back with their mean subtracted.
 
     Two passes, sum of squares after centring: as exact as Welford's way and several times faster
@@ -65,10 +65,10 @@ class MaskedReconstructionLoss(torch.autograd.Function):
         plan: LossPlan,
     ) -> Tensor:
         tokens = masked_tokens(token_of_rank, plan.len_keep, plan.num_views)
-        target = _raw_targets(pixels, tokens, plan, mean, std)
+        target = raw_targets(pixels, tokens, plan, mean, std)
         patch_mean = patch_rstd = None
         if plan.norm_pix:
-            patch_mean, patch_rstd = _patch_statistics(target)
+            patch_mean, patch_rstd = patch_statistics(target)
             target.mul_(patch_rstd)
         ctx.save_for_backward(pred, pixels, token_of_rank, mean, std, patch_mean, patch_rstd)
         ctx.plan = plan
@@ -81,7 +81,7 @@ class MaskedReconstructionLoss(torch.autograd.Function):
         pred, pixels, token_of_rank, mean, std, patch_mean, patch_rstd = ctx.saved_tensors
         plan = ctx.plan
         tokens = masked_tokens(token_of_rank, plan.len_keep, plan.num_views)
-        target = _raw_targets(pixels, tokens, plan, mean, std)
+        target = raw_targets(pixels, tokens, plan, mean, std)
         if plan.norm_pix:
             target.sub_(patch_mean).mul_(patch_rstd)
         masked, values = tokens.shape[2], pred.shape[2]
