@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "patches.h"
+#include "reconstruction.h"
 #include "vector_math.h"
 
 // Vectors are passed between inlined functions only, so no calling convention is at stake.
@@ -113,20 +114,18 @@ KDCMAE_CLONES void error_into(const double* x, const double* y, double w, int64_
 
 // The patches of one batch and the plan of its views.
 struct Task {
-  Task(const at::Tensor& pred_in, const at::Tensor& pixels_in,
-       const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& std,
-       const at::Tensor& rank_of_token, int64_t keep, int64_t num_views, at::IntArrayRef patch,
-       bool norm, bool masked_only)
-      : pixels(pixels_in.contiguous()), pred(pred_in.contiguous()),
-        plan(rank_of_token.contiguous()), p(pixels, patch), len_keep(keep), views(num_views),
-        norm_pix(norm), only_masked(masked_only), masked(p.tokens - keep) {
-    check_order(rank_of_token, p.batch, p.tokens);
-    check_views(p.tokens, keep, views);
+  Task(const at::Tensor& pred_in, const MaskedPatches& given, bool masked_only)
+      : pixels(given.pixels.contiguous()), pred(pred_in.contiguous()),
+        plan(given.rank_of_token.contiguous()), p(pixels, given.patch), len_keep(given.len_keep),
+        views(given.num_views), norm_pix(given.norm_pix), only_masked(masked_only),
+        masked(p.tokens - len_keep) {
+    check_order(plan, p.batch, p.tokens);
+    check_views(p.tokens, len_keep, views);
     const int64_t rows = only_masked ? masked : p.tokens;
     TORCH_CHECK_VALUE(pred.dim() == 3 && pred.size(0) == views * p.batch && pred.size(1) == rows &&
                           pred.size(2) == p.values, "pred has shape ", pred.sizes());
-    TORCH_CHECK_VALUE(masked > 0 && (!norm || p.values > 1), "nothing to normalise or to predict");
-    const Normalization n = normalization(pixels, p.channels, mean, std);
+    TORCH_CHECK_VALUE(masked > 0 && (!norm_pix || p.values > 1), "nothing to normalise or to predict");
+    const Normalization n = normalization(pixels, p.channels, given.mean, given.std);
     for (int64_t i = 0; i < p.values; ++i) {
       const int64_t memory = p.target[i];
       places.push_back(p.runs[memory / p.run] + memory % p.run);
@@ -194,29 +193,67 @@ const T* as_wide(const Pred* row, int64_t n, T* scratch) {
   return scratch;
 }
 
-template <class Pixel, class Pred, class T>
-void forward_range(const Task& task, int64_t begin, int64_t end, T* errors) {
+// Patches [begin, end), each formed once and shown to all views that lack it: masked(row, token,
+// place, target), else visible(row, token, place). `place`: of the first prediction of the patch,
+// if there is one.
+template <class Pixel, class T, class Masked, class Visible>
+KDCMAE_INLINE void visit_patches(const Task& task, int64_t begin, int64_t end,
+                                 const Masked& masked, const Visible& visible) {
   const Patches& p = task.p;
   const std::vector<T> scale(task.scale.begin(), task.scale.end());
   const std::vector<T> shift(task.shift.begin(), task.shift.end());
-  std::vector<T> target(p.values), scratch(p.values);
-  const Pred* pred = task.pred.const_data_ptr<Pred>();
+  std::vector<T> target(p.values);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t b = i / p.tokens, token = p.in_memory_order(i % p.tokens);
     bool formed = false;
     for (int64_t view = 0; view < task.views; ++view) {
       const int64_t row = view * p.batch + b, index = task.masked_index(view, b, token);
+      const int64_t place = task.pred_row(row, token, index) * p.values;
       if (index < 0) {
-        errors[row * p.tokens + token] = T(0);
+        visible(row, token, place);
         continue;
       }
       if (!formed) task.target<Pixel>(b, token, scale.data(), shift.data(), target.data());
       formed = true;
-      const Pred* own = pred + task.pred_row(row, token, index) * p.values;
-      errors[row * p.tokens + token] =
-          error_of(as_wide(own, p.values, scratch.data()), target.data(), p.values);
+      masked(row, token, place, target.data());
     }
   }
+}
+
+template <class Pixel, class Pred, class T>
+void forward_range(const Task& task, int64_t begin, int64_t end, T* errors) {
+  const int64_t tokens = task.p.tokens, values = task.p.values;
+  std::vector<T> scratch(values);
+  const Pred* pred = task.pred.const_data_ptr<Pred>();
+  visit_patches<Pixel, T>(
+      task, begin, end,
+      [&](int64_t row, int64_t token, int64_t place, const T* target) {
+        const T* own = as_wide(pred + place, values, scratch.data());
+        errors[row * tokens + token] = error_of(own, target, values);
+      },
+      [&](int64_t row, int64_t token, int64_t) { errors[row * tokens + token] = T(0); });
+}
+
+template <class Pixel, class Pred, class T>
+void backward_range(const Task& task, int64_t begin, int64_t end, const T* weights, Pred* dpred) {
+  const int64_t values = task.p.values;
+  std::vector<T> scratch(values);
+  const Pred* pred = task.pred.const_data_ptr<Pred>();
+  visit_patches<Pixel, T>(
+      task, begin, end,
+      [&](int64_t row, int64_t, int64_t place, const T* target) {
+        const T* own = as_wide(pred + place, values, scratch.data());
+        if constexpr (std::is_same_v<T, Pred>) {
+          error_into(own, target, weights[row], values, dpred + place);
+        } else {
+          error_into(own, target, weights[row], values, scratch.data());
+          convert(scratch.data(), values, dpred + place);
+        }
+      },
+      [&](int64_t, int64_t, int64_t place) {
+        if (task.only_masked) return;  // it has no place
+        std::memset(static_cast<void*>(dpred + place), 0, values * sizeof(Pred));
+      });
 }
 
 // Loss of every row, (K*B,), float64 if pred or pixels are, else float32.
@@ -224,10 +261,32 @@ at::Tensor loss(const at::Tensor& pred, const at::Tensor& pixels,
                 const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& std,
                 const at::Tensor& rank_of_token, int64_t len_keep, int64_t num_views,
                 at::IntArrayRef patch, bool norm_pix, bool masked_only) {
-  const Task task(pred, pixels, mean, std, rank_of_token, len_keep, num_views, patch, norm_pix,
-                  masked_only);
+  return row_losses(pred, {pixels, mean, std, rank_of_token, len_keep, num_views, patch, norm_pix},
+                    masked_only);
+}
+
+// grad (K*B,) -> dpred, in shape and dtype of pred.
+at::Tensor loss_backward(const at::Tensor& grad, const at::Tensor& pred, const at::Tensor& pixels,
+                         const std::optional<at::Tensor>& mean,
+                         const std::optional<at::Tensor>& std, const at::Tensor& rank_of_token,
+                         int64_t len_keep, int64_t num_views, at::IntArrayRef patch, bool norm_pix,
+                         bool masked_only) {
+  TORCH_CHECK_VALUE(rank_of_token.dim() == 2 && pred.dim() == 3, "pred has shape ", pred.sizes());
+  const double values = double(rank_of_token.size(1) - len_keep) * double(pred.size(2));
+  const bool wide = pred.scalar_type() == at::kDouble || pixels.scalar_type() == at::kDouble;
+  const at::Tensor weights = grad.to(wide ? at::kDouble : at::kFloat).mul(2.0 / values);
+  at::Tensor dpred = at::empty_like(pred, at::MemoryFormat::Contiguous);
+  scaled_errors(pred, {pixels, mean, std, rank_of_token, len_keep, num_views, patch, norm_pix},
+                masked_only, weights, dpred);
+  return dpred;
+}
+
+}  // namespace
+
+at::Tensor row_losses(const at::Tensor& pred, const MaskedPatches& patches, bool masked_only) {
+  const Task task(pred, patches, masked_only);
   const Patches& p = task.p;
-  const int64_t rows = num_views * p.batch;
+  const int64_t rows = task.views * p.batch;
   at::Tensor out;
   dispatch(task, [&](auto pixel, auto value, auto wide) {
     using T = decltype(wide);
@@ -246,64 +305,23 @@ at::Tensor loss(const at::Tensor& pred, const at::Tensor& pixels,
   return out;
 }
 
-template <class Pixel, class Pred, class T>
-void backward_range(const Task& task, int64_t begin, int64_t end, const T* weights, Pred* dpred) {
+void scaled_errors(const at::Tensor& pred, const MaskedPatches& patches, bool masked_only,
+                   const at::Tensor& weights_in, at::Tensor& out) {
+  const Task task(pred, patches, masked_only);
   const Patches& p = task.p;
-  const std::vector<T> scale(task.scale.begin(), task.scale.end());
-  const std::vector<T> shift(task.shift.begin(), task.shift.end());
-  std::vector<T> target(p.values), scratch(p.values);
-  const Pred* pred = task.pred.const_data_ptr<Pred>();
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t b = i / p.tokens, token = p.in_memory_order(i % p.tokens);
-    bool formed = false;
-    for (int64_t view = 0; view < task.views; ++view) {
-      const int64_t row = view * p.batch + b, index = task.masked_index(view, b, token);
-      if (index < 0 && task.only_masked) continue;
-      const int64_t place = task.pred_row(row, token, index) * p.values;
-      if (index < 0) {
-        std::memset(static_cast<void*>(dpred + place), 0, p.values * sizeof(Pred));
-        continue;
-      }
-      if (!formed) task.target<Pixel>(b, token, scale.data(), shift.data(), target.data());
-      formed = true;
-      const T* own = as_wide(pred + place, p.values, scratch.data());
-      if constexpr (std::is_same_v<T, Pred>) {
-        error_into(own, target.data(), weights[row], p.values, dpred + place);
-      } else {
-        error_into(own, target.data(), weights[row], p.values, scratch.data());
-        convert(scratch.data(), p.values, dpred + place);
-      }
-    }
-  }
-}
-
-// grad (K*B,) -> dpred, in shape and dtype of pred.
-at::Tensor loss_backward(const at::Tensor& grad, const at::Tensor& pred, const at::Tensor& pixels,
-                         const std::optional<at::Tensor>& mean,
-                         const std::optional<at::Tensor>& std, const at::Tensor& rank_of_token,
-                         int64_t len_keep, int64_t num_views, at::IntArrayRef patch, bool norm_pix,
-                         bool masked_only) {
-  const Task task(pred, pixels, mean, std, rank_of_token, len_keep, num_views, patch, norm_pix,
-                  masked_only);
-  const Patches& p = task.p;
-  TORCH_CHECK_VALUE(grad.dim() == 1 && grad.size(0) == num_views * p.batch, "grad has shape ",
-                    grad.sizes());
-  at::Tensor dpred = at::empty_like(task.pred, at::MemoryFormat::Contiguous);
+  TORCH_CHECK_VALUE(weights_in.dim() == 1 && weights_in.size(0) == task.views * p.batch,
+                    "grad has shape ", weights_in.sizes());
+  const at::Tensor weights = weights_in.contiguous();
   dispatch(task, [&](auto pixel, auto value, auto wide) {
     using T = decltype(wide);
     using Pred = decltype(value);
-    const at::Tensor weights = grad.to(c10::CppTypeToScalarType<T>::value)
-                                   .mul(2.0 / double(task.masked * p.values)).contiguous();
     const T* weight = weights.const_data_ptr<T>();
-    Pred* out = dpred.mutable_data_ptr<Pred>();
+    Pred* to = out.mutable_data_ptr<Pred>();
     at::parallel_for(0, p.batch * p.tokens, kGrain, [&](int64_t begin, int64_t end) {
-      backward_range<decltype(pixel)>(task, begin, end, weight, out);
+      backward_range<decltype(pixel)>(task, begin, end, weight, to);
     });
   });
-  return dpred;
 }
-
-}  // namespace
 
 // The schemas are defined in kernels/reconstruction/fused.py, beside the other implementations.
 TORCH_LIBRARY_IMPL(kdcmae_fast, CPU, m) {
