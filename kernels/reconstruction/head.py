@@ -29,7 +29,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _ORDERS = ("auto", "tokens", "masked")
 
-register_op(OP, impls=("cpp", "torch"))
+register_op(OP, impls=("triton", "cpp", "torch"))
 
 
 def masked_head_reconstruction_loss(

@@ -21,6 +21,35 @@ _EPS = tl.constexpr(EPS)
 
 
 @triton.jit
+def pixel_values(source, c, offset, mask, scale_ptr, shift_ptr, BYTES: tl.constexpr,
+                 T: tl.constexpr):  # fmt: skip
+    """Pixels at source + offset in type T, bytes of channel c normalised; 0 where masked out."""
+    values = tl.load(source + offset, mask=mask, other=0).to(T)
+    if BYTES:
+        scale = tl.load(scale_ptr + c, mask=mask, other=0)
+        values = values * scale - tl.load(shift_ptr + c, mask=mask, other=0)
+    return values
+
+
+@triton.jit
+def first_value(source, scale_ptr, shift_ptr, BYTES: tl.constexpr, T: tl.constexpr):
+    """The first value of the patch (or patches) that begin at `source`."""
+    values = tl.load(source).to(T)
+    if BYTES:
+        values = values * tl.load(scale_ptr) - tl.load(shift_ptr)
+    return values
+
+
+@triton.jit
+def standardised(values, v, P: tl.constexpr):
+    """Mean and 1 / deviation of P values, given less their first, and the values centred."""
+    values = tl.where(v < P, values, 0.0)
+    mean = tl.sum(values, axis=0) / P
+    values = tl.where(v < P, values - mean, 0.0)
+    return mean, 1.0 / tl.sqrt(tl.sum(values * values, axis=0) / (P - 1) + _EPS), values
+
+
+@triton.jit
 def _target(pixels_ptr, scale_ptr, shift_ptr, b, token, v, BYTES: tl.constexpr, NORM: tl.constexpr,
             T: tl.constexpr, AUDIO: tl.constexpr, C: tl.constexpr, PT: tl.constexpr,
             PH: tl.constexpr, PW: tl.constexpr, GT: tl.constexpr, GH: tl.constexpr,
@@ -33,17 +62,11 @@ def _target(pixels_ptr, scale_ptr, shift_ptr, b, token, v, BYTES: tl.constexpr, 
         c, z, y, x = v % C, v // (C * PW * PH), v // (C * PW) % PH, v // C % PW
     offset = patch_offset(c, z, y, x, PT, PH, PW, GT, GH, GW)
     source = pixels_ptr + patch_start(b, token, AUDIO, C, PT, PH, PW, GT, GH, GW)
-    values = tl.load(source + offset, mask=v < P, other=0).to(T)
-    if BYTES:
-        scale = tl.load(scale_ptr + c, mask=v < P, other=0)
-        values = values * scale - tl.load(shift_ptr + c, mask=v < P, other=0)
+    values = pixel_values(source, c, offset, v < P, scale_ptr, shift_ptr, BYTES, T)
     if NORM:
-        first = tl.load(source).to(T)
-        if BYTES:
-            first = first * tl.load(scale_ptr) - tl.load(shift_ptr)
-        values = tl.where(v < P, values - first, 0.0)
-        values = tl.where(v < P, values - tl.sum(values, axis=0) / P, 0.0)
-        values *= 1.0 / tl.sqrt(tl.sum(values * values, axis=0) / (P - 1) + _EPS)
+        values -= first_value(source, scale_ptr, shift_ptr, BYTES, T)
+        _, rstd, values = standardised(values, v, P)
+        values *= rstd
     return values
 
 

@@ -2,8 +2,9 @@
 
 No GPU needed. compile_cases/<family>.py holds CASES: name -> (launch, expectations), where
 `launch()` calls the family's launcher with meta tensors and the expectations are, per kernel:
-`registers`, the most per thread, and `contains`, instructions that must occur (`contains_90`: on
-that architecture). Stack use and spills are never accepted.
+`registers`, the most per thread, `contains`, instructions (or how they begin) that must occur,
+`contains_90` and the like, those of one architecture, and `lacks`, those that must not. Stack use
+and spills are never accepted.
 """
 
 import ast
@@ -22,8 +23,7 @@ HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "kernels"
 FILES = sorted((HERE / "compile_cases").glob("*.py"))
 ARCHES = (80, 90, 100)
-KNOWN = {"registers", "contains", *(f"contains_{arch}" for arch in ARCHES)}
-TIMEOUT = 600  # seconds per architecture; a kernel that spills badly can compile for a minute
+TIMEOUT = 240  # seconds per architecture; a kernel that spills badly can compile for a minute
 
 CASES = {name: case for file in FILES for name, case in runpy.run_path(str(file))["CASES"].items()}
 
@@ -55,9 +55,11 @@ def test_machine_code(arch, case, tmp_path_factory):
         expected = expectations[row["kernel"]]
         assert row["registers"] <= expected["registers"], row
         assert row["stack"] == row["spills"] == 0, row
-        assert set(expected) <= KNOWN, f"{row['kernel']}: nobody reads {set(expected) - KNOWN}"
-        for name in [*expected.get("contains", []), *expected.get(f"contains_{arch}", [])]:
-            assert name in row["instructions"], f"no {name} in {row}"
+        for name in expected.get("contains", []) + expected.get(f"contains_{arch}", []):
+            found = any(each.startswith(name) for each in row["instructions"])
+            assert found, f"no {name} in {row}"
+        for name in expected.get("lacks", []):
+            assert not any(each.startswith(name) for each in row["instructions"]), row
 
 
 def test_every_kernel_has_a_case():
