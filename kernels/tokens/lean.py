@@ -14,7 +14,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..common import without_autocast
-from .library import GATHER_ROWS, VISIBLE_PATCHES
+from .library import (
+    EMBED_PATCHES,
+    EMBED_PATCHES_BACKWARD,
+    GATHER_ROWS,
+    VISIBLE_PATCHES,
+)
 from .patches import PatchLayout, gather_patches, normalize_pixels
 from .rows import masked_tokens, place_rows, rows_of_samples, rows_of_views, visible_tokens
 
@@ -60,6 +65,18 @@ class EmbedPlan(NamedTuple):
     len_keep: int
     num_views: int
     impl: str = "torch"
+
+    def gathers_in_product(self, pixels: Tensor, weight: Tensor) -> bool:
+        """Whether the product reads its patches from the pixels, not from a copy of them.
+
+        Told from dtypes and shapes, for Triton: the operands are 16 bits wide (a float32 product
+        is bound by its arithmetic, which cuBLAS does faster), and what lies together in memory
+        comes in multiples of 16 bytes: runs of pixels, rows of the weight and of the result.
+        """
+        if self.impl != "triton" or weight.dtype not in (torch.float16, torch.bfloat16):
+            return False
+        run = self.layout.memory_shape[-1] * pixels.element_size()
+        return run % 16 == 0 and self.layout.num_values % 8 == 0 and weight.shape[0] % 8 == 0
 
     def visible_rows(self, table: Tensor, token_of_rank: Tensor) -> Tensor:
         """(K*B*keep, D): the row of `table` (L, D) of every visible token."""
@@ -123,14 +140,20 @@ class EmbedVisiblePatches(torch.autograd.Function):
         ctx.plan, ctx.weight_shape, ctx.dtype = plan, weight.shape, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.pos_dtype, ctx.pos_shape = pos_embed.dtype, pos_embed.shape
+        # The weight is permuted to the order of the pixels, which is cheaper than the reverse.
+        kernel = (weight.squeeze(1).transpose(1, 2) if plan.layout.audio else weight).flatten(1)
+        shape = (plan.num_views * pixels.shape[0], plan.len_keep, weight.shape[0])
+        ctx.gathers_in_product = plan.gathers_in_product(pixels, weight)
+        if ctx.gathers_in_product:
+            static = (token_of_rank, plan.len_keep, plan.num_views, list(plan.layout.patch))
+            op = EMBED_PATCHES[plan.impl]
+            return op(pixels, kernel, bias, pos_embed, mean, std, *static).view(shape)
         table = (pos_embed if bias is None else pos_embed + bias).to(weight.dtype)
         y = plan.visible_rows(table, token_of_rank)
         patches = plan.visible_patches(pixels, token_of_rank, mean, std, weight.dtype)
-        # The weight is permuted to the order of the pixels, which is cheaper than the reverse.
-        kernel = weight.squeeze(1).transpose(1, 2) if plan.layout.audio else weight
         with without_autocast(pixels.device):
-            y = _product(patches, kernel.flatten(1), plan.impl, onto=y)
-        return y.view(plan.num_views * pixels.shape[0], plan.len_keep, y.shape[-1])
+            y = _product(patches, kernel, plan.impl, onto=y)
+        return y.view(shape)
 
     @staticmethod
     @once_differentiable
@@ -140,10 +163,15 @@ class EmbedVisiblePatches(torch.autograd.Function):
         plan = ctx.plan
         grad = grad.flatten(0, 1).contiguous()
         dweight = dbias = dpos = None
-        if need_weight:
+        if need_weight and ctx.gathers_in_product:
+            static = (token_of_rank, plan.len_keep, plan.num_views, list(plan.layout.patch))
+            op = EMBED_PATCHES_BACKWARD[plan.impl]
+            dweight = op(grad, pixels, mean, std, *static).to(ctx.dtype)
+        elif need_weight:
             patches = plan.visible_patches(pixels, token_of_rank, mean, std, ctx.dtype)
             with without_autocast(pixels.device):
                 dweight = _product(patches.t(), grad.t(), plan.impl).t()
+        if dweight is not None:
             if plan.layout.audio:
                 dweight = dweight.unflatten(1, plan.layout.memory_shape).transpose(1, 2)
             dweight = dweight.reshape(ctx.weight_shape)

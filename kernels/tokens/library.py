@@ -17,9 +17,13 @@ COMPILED = ("cpp", "triton")
 
 
 def define_compiled(
-    name: str, schema: str, fake: Callable[..., Any], module: str
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    module: str,
+    impls: tuple[str, ...] = COMPILED,
 ) -> dict[str, Callable[..., Any]]:
-    """Define `<name>_cpp` and `<name>_triton`; returns implementation -> op.
+    """Define `<name>_cpp` and `<name>_triton`, or those of `impls`; returns implementation -> op.
 
     fake: outputs from the shapes of the arguments. module: where the Triton launcher `name` is,
     imported when it is first called.
@@ -28,11 +32,11 @@ def define_compiled(
     def launch(*args: Any) -> Any:
         return getattr(importlib.import_module(module), name)(*args)
 
-    for impl in COMPILED:
+    for impl in impls:
         torch.library.define(f"kdcmae_fast::{name}_{impl}", schema)
         torch.library.register_fake(f"kdcmae_fast::{name}_{impl}", fake)
     torch.library.impl(f"kdcmae_fast::{name}_triton", ("cuda", "cpu"), launch)
-    return {impl: getattr(torch.ops.kdcmae_fast, f"{name}_{impl}").default for impl in COMPILED}
+    return {impl: getattr(torch.ops.kdcmae_fast, f"{name}_{impl}").default for impl in impls}
 
 
 def _gather_rows(x: Tensor, plan: Tensor, len_keep: int, num_views: int) -> Tensor:
@@ -56,6 +60,26 @@ def _visible_patches(
     channels = 1 if pixels.dim() == 3 else pixels.shape[1]
     rows = num_views * pixels.shape[0] * len_keep
     return pixels.new_empty(rows, channels * math.prod(patch), dtype=dtype)
+
+
+def _embed_patches(
+    pixels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    plan: Tensor,
+    len_keep: int,
+    num_views: int,
+    patch: list[int],
+) -> Tensor:
+    return weight.new_empty(num_views * pixels.shape[0] * len_keep, weight.shape[0])
+
+
+def _embed_patches_backward(grad: Tensor, pixels: Tensor, *args: Any) -> Tensor:
+    values = (1 if pixels.dim() == 3 else pixels.shape[1]) * math.prod(args[-1])
+    return grad.new_empty(grad.shape[1], values, dtype=torch.float32)
 
 
 def _assemble(x: Tensor, pos: Tensor, *args: Any) -> Tensor:
@@ -96,6 +120,23 @@ VISIBLE_PATCHES = define_compiled(
     f"(Tensor pixels, Tensor? mean, Tensor? std, {_PLAN}, int[] patch, ScalarType dtype) -> Tensor",
     _visible_patches,
     _KERNELS,
+)
+# Gathered patches @ weight.T + bias (D,) + pos (L, D) -> (K*B*keep, D), the weight (D, P) in memory
+# order; and its gradient, in float32.
+EMBED_PATCHES = define_compiled(
+    "embed_patches",
+    "(Tensor pixels, Tensor weight, Tensor? bias, Tensor pos, Tensor? mean, Tensor? std,"
+    f" {_PLAN}, int[] patch) -> Tensor",
+    _embed_patches,
+    f"{__package__}.kernel_embed",
+    ("triton",),
+)
+EMBED_PATCHES_BACKWARD = define_compiled(
+    "embed_patches_backward",
+    f"(Tensor grad, Tensor pixels, Tensor? mean, Tensor? std, {_PLAN}, int[] patch) -> Tensor",
+    _embed_patches_backward,
+    f"{__package__}.kernel_embed",
+    ("triton",),
 )
 # x (K*B, sum of keeps, D), pos (L, D) in the dtype to add in, filler (L, D) like x -> (K*B, L, D).
 ASSEMBLE = define_compiled(

@@ -11,6 +11,8 @@ from kdcmae_fast.kernels import (
     gather_tokens,
 )
 from kdcmae_fast.kernels.tokens import patch_grid, reference
+from kdcmae_fast.kernels.tokens.lean import EmbedPlan
+from kdcmae_fast.kernels.tokens.patches import patch_layout
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {
@@ -154,6 +156,106 @@ def test_embedding_equals_torch(layout, pixel_dtype, triton_device):
     torch.testing.assert_close(*results)
 
 
+# pixels, patch_size, dtype of the pixels: runs of 16 bytes, so the product gathers its own rows.
+GATHERED = {
+    "audio": ((3, 48, 12), (4, 8), torch.float32),
+    "image": ((2, 3, 12, 32), (4, 16), torch.uint8),
+    "video": ((2, 2, 4, 6, 24), (2, 3, 8), torch.bfloat16),
+    "deep": ((1, 3, 16, 32), (8, 16), torch.float64),  # several steps of the product
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("dim", (8, 136))
+@pytest.mark.parametrize("layout", GATHERED)
+def test_gathered_product_error_budget(layout, dim, dtype, triton_device, three_way):
+    shape, patch, pixel_dtype = GATHERED[layout]
+    pixels = torch.rand(shape)
+    pixels = (pixels * 255).byte() if pixel_dtype == torch.uint8 else pixels.to(pixel_dtype)
+    pixels = pixels.to(triton_device)
+    plan = make_plan(shape[0], patch_grid(pixels, patch), triton_device)
+    channels = 1 if pixels.dim() == 3 else shape[1]
+    given = {"pixel_mean": [0.4, 0.45, 0.5][:channels], "pixel_std": [0.2, 0.25, 0.3][:channels]}
+    if pixel_dtype == torch.uint8 and triton_device == "cpu":
+        # The interpreter cuts float32 off to bfloat16 where a GPU rounds.
+        dtype = torch.float16
+    weight = torch.randn(dim, channels, *patch) / 8
+    leaves = (weight, torch.randn(dim), torch.randn(plan.num_tokens, dim))
+    leaves = tuple(leaf.to(triton_device, dtype) for leaf in leaves)
+    assert gathers_in_product(pixels, leaves[0], patch)
+
+    def plain(*leaves):
+        statistics = None
+        if pixel_dtype == torch.uint8:
+            wide = torch.promote_types(leaves[0].dtype, torch.float32)
+            values = (torch.tensor(each, dtype=wide) for each in given.values())
+            statistics = tuple(each.to(triton_device) for each in values)
+        return reference.embed_visible_patches(pixels, *leaves, plan, patch, statistics)
+
+    three_way(
+        lambda *leaves: embed_visible_patches(
+            pixels, *leaves, plan, patch_size=patch, impl="triton", **given
+        ),
+        plain,
+        leaves,
+    )
+
+
+def gathers_in_product(pixels, weight, patch, impl="triton") -> bool:
+    return EmbedPlan(patch_layout(pixels, patch), 1, 1, impl).gathers_in_product(pixels, weight)
+
+
+@pytest.mark.parametrize(
+    "patch, dim, pixel_dtype, dtype, expected",
+    [
+        ((16, 16), 768, torch.uint8, torch.bfloat16, True),
+        ((16, 16), 768, torch.float32, torch.float16, True),
+        ((16, 8), 768, torch.uint8, torch.bfloat16, False),  # runs of 8 bytes
+        ((16, 16), 764, torch.uint8, torch.bfloat16, False),  # rows of the result
+        ((16, 16), 768, torch.uint8, torch.float32, False),  # cuBLAS does float32 products
+        ((3, 4), 768, torch.float32, torch.bfloat16, False),  # rows of the weight: 12 * 3 values
+    ],
+)
+def test_which_embeddings_gather_in_the_product(patch, dim, pixel_dtype, dtype, expected):
+    pixels = torch.zeros(1, 3, 48, 48, dtype=pixel_dtype)
+    weight = torch.zeros(dim, 3, *patch, dtype=dtype)
+    assert gathers_in_product(pixels, weight, patch) == expected
+    assert not gathers_in_product(pixels, weight, patch, impl="cpp")
+
+
+def test_gathered_product_of_several_parts_and_strides(triton_device, monkeypatch):
+    """The gradient of the weight from parts of the rows; a mixture of dtypes; no bias."""
+    from kdcmae_fast.kernels.tokens import kernel_embed
+
+    pixels = torch.rand(5, 12, 48, 12).to(triton_device)[:, 3]  # other strides than its shape's
+    plan = make_plan(5, patch_grid(pixels, (4, 8)), triton_device, 0.3, 1)
+    weight = torch.randn(16, 1, 4, 8).to(triton_device, torch.float16)
+    pos = torch.randn(plan.num_tokens, 16, device=triton_device)
+    results = []
+    for programs, impl in ((1, "triton"), (3, "triton"), (1, "torch")):
+        monkeypatch.setattr(kernel_embed, "PROGRAMS", programs)
+        leaves = [each.detach().requires_grad_() for each in (weight, pos)]
+        y = embed_visible_patches(
+            pixels, leaves[0], None, leaves[1], plan, patch_size=(4, 8), impl=impl
+        )
+        results.append([y, *torch.autograd.grad(y.float().square().mean(), leaves)])
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(results[0], results[2], rtol=4e-3, atol=4e-3)
+
+
+def test_gathered_product_of_an_empty_batch(triton_device):
+    plan = make_plan(0, (3, 6), triton_device)
+    leaves = [
+        torch.randn(shape, device=triton_device).bfloat16().requires_grad_()
+        for shape in ((8, 1, 4, 8), (8,), (18, 8))
+    ]
+    pixels = torch.zeros(0, 48, 12, device=triton_device)
+    y = embed_visible_patches(pixels, *leaves, plan, patch_size=(4, 8), impl="triton")
+    y.sum().backward()
+    assert y.shape == (0, plan.len_keep, 8) and all(leaf.grad.abs().sum() == 0 for leaf in leaves)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_patches_of_any_dtype(dtype, triton_device):
     pixels = torch.rand(2, 2, 12, 16).to(triton_device, dtype)
@@ -166,7 +268,7 @@ def test_patches_of_any_dtype(dtype, triton_device):
     assert torch.equal(ours, expected.flatten(0, 1).double())
 
 
-@pytest.mark.parametrize("name", ("gather_rows", "assemble", "visible_patches"))
+@pytest.mark.parametrize("name", ("gather_rows", "assemble", "visible_patches", "embed_patches"))
 def test_opcheck(name, triton_device):
     ops, plan = torch.ops.kdcmae_fast, make_plan(2, (2, 6), triton_device)
     order, keep = plan.token_of_rank, plan.len_keep
@@ -180,6 +282,11 @@ def test_opcheck(name, triton_device):
     if name == "gather_rows":
         check("gather_rows", data(2, 12, 5), order, keep, 2)
         check("gather_rows_backward", data(4, keep, 5), order, keep, 2)
+    elif name == "embed_patches":
+        pixels, weight, pos = data(2, 24, 8), data(16, 16).half(), data(12, 16)
+        rest = (None, None, order, keep, 2, [4, 4])
+        check(name, pixels, weight, weight[:, 0].contiguous(), pos, *rest)
+        check("embed_patches_backward", data(4 * keep, 16).half(), pixels, *rest)
     elif name == "visible_patches":
         check(name, data(2, 24, 4), None, None, order, keep, 2, [2, 4], torch.bfloat16)
     else:

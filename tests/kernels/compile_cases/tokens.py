@@ -41,6 +41,22 @@ def patches(pixels: torch.Tensor, tokens: int):
     return launch
 
 
+def embedding(pixels: torch.Tensor, tokens: int, values: int):
+    def launch() -> None:
+        from kdcmae_fast.kernels.tokens import kernel_embed as kernel
+
+        statistics = (None, None)
+        if pixels.dtype == torch.uint8:
+            statistics = (empty(3, dtype=torch.float32),) * 2
+        weight, pos = empty(768, values), empty(tokens, 768, dtype=torch.float32)
+        rest = (plan(tokens), tokens // 4, 2, [16, 16])
+        kernel.embed_patches(pixels, weight, empty(768), pos, *statistics, *rest)
+        grad = empty(2 * BATCH * (tokens // 4), 768)
+        kernel.embed_patches_backward(grad, pixels, *statistics, *rest)
+
+    return launch
+
+
 def assembly(dtype: torch.dtype):
     def launch() -> None:
         from kdcmae_fast.kernels.tokens import kernel
@@ -66,11 +82,30 @@ ASSEMBLY = {
 PATCHES = {"visible_patches_fwd_kernel": {"registers": 96, "contains": WIDE}}
 BYTES = {"visible_patches_fwd_kernel": {"registers": 96, "contains": ["STG.E.128"]}}
 
+TENSOR_CORES = {
+    "contains_80": ["HMMA.16816.F32.BF16"],
+    "contains_90": ["HGMMA.64"],
+    "contains_100": ["UTCHMMA"],
+}
+EMBEDDING = {
+    "embed_patches_fwd_kernel": {
+        "registers": 232, "contains": ["LDGSTS.E.BYPASS.128", "STG.E.128"], **TENSOR_CORES,
+    },
+    "embed_patches_bwd_kernel": {
+        "registers": 232, "contains": ["LDGSTS.E.BYPASS.128"], **TENSOR_CORES,
+    },
+}  # fmt: skip
+FBANKS = empty(BATCH, 1024, 128, dtype=torch.float32)
+FRAMES = empty(BATCH, 3, 224, 224, dtype=torch.uint8)
+
 CASES = {
     "tokens-gather-bf16": (gather(512, 768, torch.bfloat16), GATHER),
     "tokens-gather-fp32": (gather(196, 768, torch.float32), GATHER),
     "tokens-assembly-bf16": (assembly(torch.bfloat16), ASSEMBLY),
     "tokens-assembly-fp32": (assembly(torch.float32), ASSEMBLY),
-    "tokens-patches-audio": (patches(empty(BATCH, 1024, 128, dtype=torch.float32), 512), PATCHES),
-    "tokens-patches-image": (patches(empty(BATCH, 3, 224, 224, dtype=torch.uint8), 196), BYTES),
+    "tokens-patches-audio": (patches(FBANKS, 512), PATCHES),
+    "tokens-patches-image": (patches(FRAMES, 196), BYTES),
+    "tokens-embedding-audio": (embedding(FBANKS, 512, 256), EMBEDDING),
+    "tokens-embedding-audio-bf16": (embedding(FBANKS.bfloat16(), 512, 256), EMBEDDING),
+    "tokens-embedding-image": (embedding(FRAMES, 196, 768), EMBEDDING),
 }
