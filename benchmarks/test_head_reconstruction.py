@@ -11,8 +11,9 @@ from kdcmae_fast.kernels.common import implementations, unavailable
 
 OP = "masked_head_reconstruction_loss"
 VIEWS = 2
-# "separate": the head on all tokens, then the loss alone, as `masked_reconstruction_loss` has it.
-PROVIDERS = ("published", "separate", "grad_in_forward", *implementations(OP))
+# "separate": the head on all tokens, then `masked_reconstruction_loss`. "recompute": the op with
+# grad_in_forward=False, which keeps x and forms the predictions again.
+PROVIDERS = ("published", "separate", "recompute", *implementations(OP))
 
 
 @pytest.mark.parametrize("modality", ("audio", "image"))
@@ -49,8 +50,8 @@ def test_head_reconstruction(provider, modality, full, device, measure):
     def ours():
         return kernels.masked_head_reconstruction_loss(
             x, weight, bias, pixels, plan, patch_size=16,
-            grad_in_forward=provider == "grad_in_forward",
-            impl="auto" if provider == "grad_in_forward" else provider,
+            grad_in_forward=provider != "recompute",
+            impl="auto" if provider == "recompute" else provider,
         )  # fmt: skip
 
     forward = {"published": published_way, "separate": separate}.get(provider, ours)

@@ -5,15 +5,12 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
 #include <optional>
-#include <string>
 #include <tuple>
-#include <vector>
 
 #include "patches.h"
 #include "reconstruction.h"
@@ -23,33 +20,6 @@ namespace {
 
 constexpr int64_t kBlockElements = 1 << 20;  // predictions alive at once
 constexpr int64_t kGrainRows = 32;
-
-using LinearPointwise = at::Tensor(const at::Tensor&, const at::Tensor&,
-                                   const std::optional<at::Tensor>&, c10::string_view,
-                                   c10::List<std::optional<at::Scalar>>,
-                                   std::optional<c10::string_view>);
-
-// oneDNN's product of float32 matrices, about twice as fast as MKL's on AMD processors; null where
-// torch has none.
-const c10::TypedOperatorHandle<LinearPointwise>* onednn_linear() {
-  static const auto handle = []() -> std::optional<c10::TypedOperatorHandle<LinearPointwise>> {
-    const auto found =
-        c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
-    if (!found || !at::hasMKLDNN()) return std::nullopt;
-    return found->typed<LinearPointwise>();
-  }();
-  return handle ? &*handle : nullptr;
-}
-
-// a (M, K) times the transpose of b (N, K), plus bias (N,).
-at::Tensor product(const at::Tensor& a, const at::Tensor& b,
-                   const std::optional<at::Tensor>& bias = std::nullopt) {
-  const auto* onednn = onednn_linear();
-  if (onednn != nullptr && a.scalar_type() == at::kFloat && a.numel() > 0) {
-    return onednn->call(a, b, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
-  }
-  return at::linear(a, b, bias);
-}
 
 // The operands of one call; samples [start, start + count) of every view at a time.
 struct Head {
@@ -130,8 +100,17 @@ struct Head {
     });
   }
 
-  at::Tensor predict(const at::Tensor& inputs, int64_t count) const {
-    return product(inputs, weight, bias).view({views * count, masked, weight.size(0)});
+  // Predictions of a block, (views * count, masked, P), in memory that the next block overwrites.
+  at::Tensor predict(const at::Tensor& inputs, int64_t count) {
+    const int64_t rows = inputs.size(0), values = weight.size(0);
+    if (!buffer.defined()) buffer = at::empty({rows, values}, inputs.options());
+    at::Tensor out = buffer.narrow(0, 0, rows);
+    if (bias) {
+      at::addmm_out(out, *bias, inputs, weight.t());
+    } else {
+      at::mm_out(out, inputs, weight.t());
+    }
+    return out.view({views * count, masked, values});
   }
 
   // (views * count,): the block's part of (K*B,).
@@ -149,7 +128,7 @@ struct Head {
     }
   }
 
-  at::Tensor x, weight, pixels, plan;
+  at::Tensor x, weight, pixels, plan, buffer;
   std::optional<at::Tensor> bias, mean, std;
   at::IntArrayRef patch;
   int64_t len_keep, views;
@@ -167,7 +146,7 @@ struct Gradients {
   explicit Gradients(const Head& of)
       : head(of), dx(at::empty(of.x.sizes(), of.x.options())),
         dweight(at::zeros(of.weight.sizes(), wide(of))),
-        dbias(at::zeros({of.weight.size(0)}, wide(of))), back(of.weight.t().contiguous()) {}
+        dbias(at::zeros({of.weight.size(0)}, wide(of))) {}
 
   static at::TensorOptions wide(const Head& head) {
     const bool wide = head.x.scalar_type() == at::kDouble;
@@ -178,12 +157,16 @@ struct Gradients {
   void add(const at::Tensor& dpred, const at::Tensor& inputs, int64_t start, int64_t count) {
     const at::Tensor rows = dpred.flatten(0, 1);
     dbias.add_(rows.sum(0, false, dbias.scalar_type()));
-    dweight.add_(product(rows.t(), inputs.t()));
-    head.place(product(rows, back), start, count, dx);
+    if (rows.scalar_type() == dweight.scalar_type()) {
+      dweight.addmm_(rows.t(), inputs);
+    } else {
+      dweight.add_(at::mm(rows.t(), inputs));
+    }
+    head.place(at::mm(rows, head.weight), start, count, dx);
   }
 
   const Head& head;
-  at::Tensor dx, dweight, dbias, back;
+  at::Tensor dx, dweight, dbias;
 };
 
 // Loss (K*B,). No statistics are kept: (0, 0) twice.
@@ -194,7 +177,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> loss(
     const at::Tensor& rank_of_token, int64_t len_keep, int64_t num_views, at::IntArrayRef patch,
     bool norm_pix, bool masked_only) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const Head head(x, weight, bias, pixels, mean, std, rank_of_token, len_keep, num_views, patch,
+  Head head(x, weight, bias, pixels, mean, std, rank_of_token, len_keep, num_views, patch,
                   norm_pix, masked_only);
   at::Tensor out = at::empty({head.views, head.batch}, x.options().dtype(loss_type(head)));
   head.each_block([&](int64_t start, int64_t count, const MaskedPatches& patches) {
@@ -214,7 +197,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> loss_backward(
     const at::Tensor& /* token_of_rank */, const at::Tensor& rank_of_token, int64_t len_keep,
     int64_t num_views, at::IntArrayRef patch, bool norm_pix, bool masked_only) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const Head head(x, weight, bias, pixels, mean, std, rank_of_token, len_keep, num_views, patch,
+  Head head(x, weight, bias, pixels, mean, std, rank_of_token, len_keep, num_views, patch,
                   norm_pix, masked_only);
   TORCH_CHECK_VALUE(row_weight.dim() == 1 && row_weight.size(0) == head.views * head.batch,
                     "row_weight has shape ", row_weight.sizes());
@@ -237,7 +220,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> loss_and_gradients(
     const at::Tensor& rank_of_token, int64_t len_keep, int64_t num_views, at::IntArrayRef patch,
     bool norm_pix, bool masked_only) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const Head head(x, weight, bias, pixels, mean, std, rank_of_token, len_keep, num_views, patch,
+  Head head(x, weight, bias, pixels, mean, std, rank_of_token, len_keep, num_views, patch,
                   norm_pix, masked_only);
   const auto options = x.options().dtype(loss_type(head));
   at::Tensor out = at::empty({head.views, head.batch}, options);

@@ -46,13 +46,13 @@ def masked_head_reconstruction_loss(
     pixel_std: Sequence[float] | Tensor | None = None,
     row_order: Literal["auto", "tokens", "masked"] = "auto",
     precision: Literal["fp32", "bf16", "fp16"] | None = None,
-    grad_in_forward: bool = False,
+    grad_in_forward: bool | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """`masked_reconstruction_loss(F.linear(x, weight, bias), ...)` without the predictions.
 
     The head runs on masked tokens only, some of them at a time; neither predictions nor targets
-    ever exist as a whole, and backward forms them again.
+    ever exist as a whole.
 
     x: (K*B, L, D'), one row per token (a slice of the decoder's sequence is read in place), or
         (K*B, L - keep, D'), the masked tokens only, in `plan.ids_masked(view)` order.
@@ -62,7 +62,8 @@ def masked_head_reconstruction_loss(
     precision: dtype of the operands of the products; None: the wider one of x and weight. Sums
         and statistics are float32 at least, whatever autocast says.
     grad_in_forward: compute the gradients with the loss, 6 FLOPs per row and weight instead of 8,
-        and keep that of x, a tensor of its size, until backward. Needs reduction="mean".
+        and keep that of x until backward instead of x. Needs reduction="mean", with which None
+        means True. False: keep x and form the predictions again in backward.
     impl: "auto", "torch", "cpp" or "triton" (no float64).
 
     Returns float32 (float64 if x, weight or pixels are), () or, with reduction="none", (K*B,).
@@ -73,6 +74,8 @@ def masked_head_reconstruction_loss(
         raise ValueError(f"reduction={reduction!r} is not 'mean' or 'none'")
     if grad_in_forward and reduction != "mean":
         raise ValueError(f"grad_in_forward=True needs reduction='mean', got {reduction!r}")
+    if grad_in_forward is None:
+        grad_in_forward = reduction == "mean"
     layout = patch_layout(pixels, patch_size)
     check_dtype("pixels", pixels, (torch.uint8, *FLOATS))
     check_plan("plan", plan, pixels.shape[0], layout.num_tokens, pixels.device)
@@ -93,8 +96,9 @@ def masked_head_reconstruction_loss(
     else:
         loss_plan = LossPlan(layout, plan.len_keep, plan.num_views, norm_pix, masked_only, dtype)
         constants = (pixels, *(statistics or (None, None)), plan.token_of_rank, plan.rank_of_token)
+        in_forward = grad_in_forward and torch.is_grad_enabled()
         loss = HeadReconstructionLoss.apply(
-            x, weight, bias, *constants, loss_plan, impl, grad_in_forward
+            x, weight, bias, *constants, loss_plan, impl, in_forward
         )
     if reduction == "none":
         return loss

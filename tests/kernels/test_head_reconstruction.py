@@ -11,7 +11,7 @@ from kdcmae_fast.kernels import (
     masked_head_reconstruction_loss,
     masked_reconstruction_loss,
 )
-from kdcmae_fast.kernels.reconstruction import head_lean, reference
+from kdcmae_fast.kernels.reconstruction import head_autograd, head_lean, reference
 from kdcmae_fast.kernels.tokens import patch_grid, patchify
 
 OP = "masked_head_reconstruction_loss"  # of the fixture impl
@@ -323,14 +323,20 @@ def test_empty_batch(grad_in_forward):
     assert weight.grad.abs().sum() == 0 and bias.grad.abs().sum() == 0
 
 
-def test_saves_inputs_and_two_numbers_per_masked_patch(saved_storages):
+def test_saved_for_backward(saved_storages, grad_in_forward):
+    """Inputs and two numbers per masked patch; or the three gradients, that of x for x."""
     pixels, patch, plan, operands = case("image", torch.bfloat16, "masked", torch.uint8)
     operands = tuple(each.requires_grad_() for each in operands)
     saved = saved_storages(
         lambda: masked_head_reconstruction_loss(
-            *operands, pixels, plan, patch_size=patch, **STATISTICS
+            *operands, pixels, plan, patch_size=patch, grad_in_forward=grad_in_forward,
+            **STATISTICS,
         )
-    )
+    )  # fmt: skip
+    if grad_in_forward:
+        x, weight, bias = operands
+        assert sum(saved.values()) == 2 * x.numel() + 4 * (weight.numel() + bias.numel())
+        return
     inputs = {tensor.data_ptr() for tensor in (*operands, pixels, *plan[:2])}
     extra = sum(size for pointer, size in saved.items() if pointer not in inputs)
     assert extra <= 8 * operands[0].shape[0] * operands[0].shape[1] + 2 * 3 * 4
@@ -388,6 +394,28 @@ def test_compiled_op_checks_its_arguments(impl):
     ):
         with pytest.raises(ValueError, match=message):
             call(**change)
+
+
+@pytest.mark.parametrize(
+    "mode, chosen, gradients",
+    [
+        (torch.enable_grad, {}, True),
+        (torch.enable_grad, {"grad_in_forward": False}, False),
+        (torch.enable_grad, {"reduction": "none"}, False),
+        (torch.no_grad, {}, False),
+    ],
+)
+def test_when_the_forward_pass_computes_gradients(mode, chosen, gradients, impl, monkeypatch):
+    called = []
+    for name in ("LOSS", "LOSS_AND_GRADIENTS"):
+        op = getattr(head_autograd, name)[impl]
+        spy = lambda *args, op=op, name=name: (called.append(name), op(*args))[1]  # noqa: E731
+        monkeypatch.setitem(getattr(head_autograd, name), impl, spy)
+    pixels, patch, plan, operands = case("audio", torch.float32, pixel_dtype=torch.float32)
+    operands = [each.requires_grad_() for each in operands]
+    with mode():
+        masked_head_reconstruction_loss(*operands, pixels, plan, patch_size=patch, **chosen)
+    assert called == ["LOSS_AND_GRADIENTS" if gradients else "LOSS"]
 
 
 def test_same_bits_every_time(grad_in_forward):
