@@ -70,12 +70,7 @@ def masked_head_reconstruction_loss(
     Differentiable once; pixels that require grad take the plain form, which keeps predictions and
     targets. Errors: ValueError naming the argument and its value.
     """
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction={reduction!r} is not 'mean' or 'none'")
-    if grad_in_forward and reduction != "mean":
-        raise ValueError(f"grad_in_forward=True needs reduction='mean', got {reduction!r}")
-    if grad_in_forward is None:
-        grad_in_forward = reduction == "mean"
+    grad_in_forward = _in_forward(reduction, grad_in_forward)
     layout = patch_layout(pixels, patch_size)
     check_dtype("pixels", pixels, (torch.uint8, *FLOATS))
     check_plan("plan", plan, pixels.shape[0], layout.num_tokens, pixels.device)
@@ -86,23 +81,43 @@ def masked_head_reconstruction_loss(
     dtype = compute_dtype(x, weight, pixels)
     statistics = pixel_statistics(pixels, layout, pixel_mean, pixel_std, dtype)
     impl = _resolve(impl, dtype, pixels.device.type)
-    x, weight = x.to(operand), weight.to(operand)
+    operands = (x.to(operand), weight.to(operand), bias)
+    loss_plan = LossPlan(layout, plan.len_keep, plan.num_views, norm_pix, masked_only, dtype)
     if pixels.requires_grad and torch.is_grad_enabled():
-        with without_autocast(pixels.device):
-            pred = F.linear(x, weight, None if bias is None else bias.to(operand))
-        loss = reference.masked_reconstruction_loss(
-            pred, pixels, plan, layout.patch, norm_pix, statistics, masked_only
-        )
+        loss = _plain(*operands, pixels, plan, statistics, loss_plan)
     else:
-        loss_plan = LossPlan(layout, plan.len_keep, plan.num_views, norm_pix, masked_only, dtype)
         constants = (pixels, *(statistics or (None, None)), plan.token_of_rank, plan.rank_of_token)
         in_forward = grad_in_forward and torch.is_grad_enabled()
-        loss = HeadReconstructionLoss.apply(
-            x, weight, bias, *constants, loss_plan, impl, in_forward
-        )
+        loss = HeadReconstructionLoss.apply(*operands, *constants, loss_plan, impl, in_forward)
     if reduction == "none":
         return loss
     return loss.mean() if loss.shape[0] else loss.sum()  # 0 for an empty batch
+
+
+def _in_forward(reduction: str, chosen: bool | None) -> bool:
+    """Whether to compute gradients in the forward pass."""
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction={reduction!r} is not 'mean' or 'none'")
+    if chosen and reduction != "mean":
+        raise ValueError(f"grad_in_forward=True needs reduction='mean', got {reduction!r}")
+    return reduction == "mean" if chosen is None else chosen
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pixels: Tensor,
+    plan: MaskPlan,
+    statistics: tuple[Tensor, Tensor] | None,
+    static: LossPlan,
+) -> Tensor:
+    """Loss (K*B,), differentiable by the pixels, too."""
+    with without_autocast(pixels.device):
+        pred = F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
+    return reference.masked_reconstruction_loss(
+        pred, pixels, plan, static.layout.patch, static.norm_pix, statistics, static.masked_only
+    )
 
 
 def _check_rows(x: Tensor, pixels: Tensor, plan: MaskPlan, layout: PatchLayout, order: str) -> bool:

@@ -169,9 +169,10 @@ def embed_patches_backward(
     # Parts of the rows, so that the GPU is full; as many for every call of these shapes.
     steps = triton.cdiv(rows, tiles["BLOCK_M"])
     splits = max(1, min(steps, PROGRAMS // (columns[0] * columns[1])))
+    grid = (*columns, splits)
     parts = grad.new_empty(splits, dim, values, dtype=torch.float32)
     with torch.cuda.device_of(grad):
-        embed_patches_bwd_kernel[(*columns, splits)](
+        embed_patches_bwd_kernel[grid](
             grad.contiguous(), pixels.contiguous(), *scale_and_shift(mean, std, torch.float32),
             token_of_rank.contiguous(), parts, pixels.shape[0], rows,
             triton.cdiv(steps, splits) * tiles["BLOCK_M"], layout.num_tokens, len_keep, dim,

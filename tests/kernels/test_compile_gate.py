@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "kernels"
 FILES = sorted((HERE / "compile_cases").glob("*.py"))
 ARCHES = (80, 90, 100)
-TIMEOUT = 240  # seconds per architecture; a kernel that spills badly can compile for a minute
+TIMEOUT = 480  # seconds per architecture; a kernel that spills badly can compile for a minute
 
 CASES = {name: case for file in FILES for name, case in runpy.run_path(str(file))["CASES"].items()}
 
