@@ -92,7 +92,11 @@ EMBEDDING = {
         "registers": 232, "contains": ["LDGSTS.E.BYPASS.128", "STG.E.128"], **TENSOR_CORES,
     },
     "embed_patches_bwd_kernel": {
-        "registers": 232, "contains": ["LDGSTS.E.BYPASS.128"], **TENSOR_CORES,
+        "registers": 232,
+        # On sm_80 the gradient goes through registers, 16 bytes at a time.
+        "contains_80": ["LDG.E.128", *TENSOR_CORES["contains_80"]],
+        "contains_90": ["LDGSTS.E.BYPASS.128", *TENSOR_CORES["contains_90"]],
+        "contains_100": ["LDGSTS.E.BYPASS.128", *TENSOR_CORES["contains_100"]],
     },
 }  # fmt: skip
 FBANKS = empty(BATCH, 1024, 128, dtype=torch.float32)
