@@ -4,7 +4,6 @@ The full shape is the CAV-MAE Sync test set, N=1545, T=16, D=768. The published 
 half an hour to ten there, so it is timed on a sample of pairs and extrapolated; its rows say so.
 """
 
-
 import published_similarity as published
 import pytest
 import torch

@@ -15,9 +15,8 @@ from .distillation import distillation_loss
 from .masking import MaskPlan, complementary_masks
 from .mlp import mlp
 from .normalization import add_layer_norm
-from .reconstruction import masked_reconstruction_loss
-from .similarity import frame_similarity, retrieval_ranks
 from .reconstruction import masked_head_reconstruction_loss, masked_reconstruction_loss
+from .similarity import frame_similarity, retrieval_ranks
 from .tokens import assemble_decoder_input, embed_visible_patches, gather_tokens
 
 __all__ = [
