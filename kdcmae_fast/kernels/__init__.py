@@ -8,6 +8,7 @@ _root = Path(__file__).parents[2]
 if (_root / "csrc").is_dir():
     __path__.append(str(_root / "kernels"))
 
+from .alignment import mmd_loss
 from .attention import attention
 from .common import backends
 from .contrastive import diagonal_maps, info_nce, max_pooled_info_nce
@@ -37,4 +38,5 @@ __all__ = [
     "max_pooled_info_nce",
     "mlp",
     "retrieval_ranks",
+    "mmd_loss",
 ]
