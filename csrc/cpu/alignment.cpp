@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kBlock = 256;       // rows and columns of a tile
 constexpr int64_t kWidthBlock = 128;  // of the product with Z
+constexpr int64_t kColumns = 256;     // features centred at a time
 constexpr int64_t kMaxGammas = 32;
 // A squared distance below this share of the two squared norms is summed up from differences: as a
 // difference of products it would have lost more than two digits.
@@ -149,6 +150,19 @@ KDCMAE_INLINE void square_rows(const T* z, int64_t begin, int64_t end, int64_t w
   }
 }
 
+// Subtracts the rows' mean from columns first ... first + n of z (rows, width).
+template <class T>
+KDCMAE_INLINE void centre_columns(T* z, int64_t rows, int64_t width, int64_t first, int64_t n) {
+  T mean[kColumns] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < n; ++i) mean[i] += z[r * width + first + i];
+  }
+  for (int64_t i = 0; i < n; ++i) mean[i] /= T(rows);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < n; ++i) z[r * width + first + i] -= mean[i];
+  }
+}
+
 // Clones cannot be templates.
 #define KDCMAE_PASSES(T)                                                                         \
   KDCMAE_CLONES double tile_clone(const Tile<T>& tile, const Family<T>& family, bool gradients,  \
@@ -157,12 +171,25 @@ KDCMAE_INLINE void square_rows(const T* z, int64_t begin, int64_t end, int64_t w
   }                                                                                              \
   KDCMAE_CLONES void norm_clone(const T* z, int64_t begin, int64_t end, int64_t width, T* out) { \
     square_rows(z, begin, end, width, out);                                                      \
+  }                                                                                              \
+  KDCMAE_CLONES void centre_clone(T* z, int64_t rows, int64_t width, int64_t first, int64_t n) { \
+    centre_columns(z, rows, width, first, n);                                                    \
   }
 KDCMAE_PASSES(float)
 KDCMAE_PASSES(double)
 #undef KDCMAE_PASSES
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// f(first, last) over pieces of begin ... end, each on one thread. A single item runs in the caller's
+// place, where a matrix product would take all threads and round differently: hence one more, empty.
+template <class F>
+void on_single_threads(int64_t begin, int64_t end, const F& f) {
+  at::parallel_for(begin, end + 1, 1, [&](int64_t first, int64_t last) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    f(first, std::min(last, end));
+  });
+}
 
 // The rows of one block: all of x or all of y.
 struct Block {
@@ -197,7 +224,13 @@ struct Problem {
     z = at::empty({n + m, width}, x.options().dtype(c10::CppTypeToScalarType<T>::value));
     z.narrow(0, 0, n).copy_(x);
     z.narrow(0, n, m).copy_(y);
-    z.sub_(z.mean(0));
+    T* rows_of_z = z.template mutable_data_ptr<T>();
+    at::parallel_for(0, ceil_div(width, kColumns), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t first = begin * kColumns; first < std::min(end * kColumns, width);
+           first += kColumns) {
+        centre_clone(rows_of_z, n + m, width, first, std::min(kColumns, width - first));
+      }
+    });
     norms.resize(n + m);
     const T* data = z.template const_data_ptr<T>();
     at::parallel_for(0, n + m, std::max<int64_t>(1, 16384 / width), [&](int64_t begin, int64_t end) {
@@ -255,8 +288,7 @@ double loss_in(const Problem<T>& problem) {
     for (size_t j = i; j < count; ++j) pairs.emplace_back(i, j);
   }
   std::vector<double> sums(pairs.size());
-  at::parallel_for(0, pairs.size(), 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  on_single_threads(0, pairs.size(), [&](int64_t begin, int64_t end) {
     at::Tensor buffer = at::empty({kBlock, kBlock}, problem.z.options());
     for (int64_t p = begin; p < end; ++p) {
       const auto [i, j] = pairs[p];
@@ -286,8 +318,7 @@ double loss_and_grads_in(const Problem<T>& problem, bool need_x, bool need_y, at
   for (int64_t i = 0; i < count; ++i) {
     const Block& rows = blocks[i];
     const at::Tensor weights = workspace.narrow(0, 0, rows.rows), own = problem.rows_of(rows);
-    at::parallel_for(i, count, 1, [&](int64_t begin, int64_t end) {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    on_single_threads(i, count, [&](int64_t begin, int64_t end) {
       T unused[kBlock] = {};
       for (int64_t j = begin; j < end; ++j) {
         const Block& columns = blocks[j];
@@ -307,14 +338,16 @@ double loss_and_grads_in(const Problem<T>& problem, bool need_x, bool need_y, at
     for (int64_t j = i; j < count; ++j) {
       for (int64_t r = 0; r < rows.rows; ++r) total[rows.first + r] += row_sums[j * kBlock + r];
     }
-    at::parallel_for(0, ceil_div(width, kWidthBlock), 1, [&](int64_t begin, int64_t end) {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      const at::Tensor from = weights.narrow(1, rows.first, n - rows.first);
+    on_single_threads(0, ceil_div(width, kWidthBlock), [&](int64_t begin, int64_t end) {
       const at::Tensor onto = grads.narrow(0, rows.first, rows.rows);
-      const at::Tensor others = problem.z.narrow(0, rows.first, n - rows.first);
       for (int64_t k = begin; k < end; ++k) {
         const int64_t first = k * kWidthBlock, size = std::min(kWidthBlock, width - first);
-        onto.narrow(1, first, size).addmm_(from, others.narrow(1, first, size), 1, -1);
+        at::Tensor out = onto.narrow(1, first, size);
+        // One product over all columns would depend on the number of threads in its last bits.
+        for (int64_t j = i; j < count; ++j) {
+          const at::Tensor others = problem.rows_of(blocks[j]).narrow(1, first, size);
+          out.addmm_(weights.narrow(1, blocks[j].first, blocks[j].rows), others, 1, -1);
+        }
       }
     });
   }

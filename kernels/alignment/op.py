@@ -69,10 +69,11 @@ def mmd_loss(
     dtype = compute_dtype(x, y)
     if x.shape[0] == 0 or y.shape[0] == 0:
         return x[:0].sum().to(dtype) + y[:0].sum().to(dtype)
-    gammas = reference.gammas_of(None if bandwidths is None else tuple(bandwidths), variant)
+    widths = None if bandwidths is None else tuple(bandwidths)
+    gammas, powers = reference.family(widths, variant)
     if impl == "torch":
         return _plain(x, y, variant, gammas)
-    options = _Options(variant, gammas, reference.chain(gammas))
+    options = _Options(variant, gammas, powers)
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         return _FusedLoss.apply(x, y, options, impl)
     return _LOSS[impl](x, y, *options)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common import assume_constant_result
+
 VARIANTS = ("xkd", "unbiased", "kdc_rbf", "kdc_tiled")
 DEFAULT_BANDWIDTHS = {
     "xkd": (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0),
@@ -28,15 +30,19 @@ class Coefficients(NamedTuple):
     constant: float
 
 
-def gammas_of(bandwidths: tuple[float, ...] | None, variant: str) -> list[float]:
-    """Ascending g of the kernels exp(-g * scale * d2); `scale_of` has the scale."""
+@assume_constant_result
+def family(bandwidths: tuple[float, ...] | None, variant: str) -> tuple[list[float], list[int]]:
+    """Ascending g of the kernels exp(-g * scale * d2), and `chain` of them.
+
+    `scale_of` has the scale; None means the variant's own bandwidths.
+    """
     if variant == "kdc_tiled":
-        return [1.0]
+        return [1.0], [0]
     if bandwidths is None:
         bandwidths = DEFAULT_BANDWIDTHS[variant]
-    if variant == "kdc_rbf":
-        return sorted(1 / bandwidth for bandwidth in bandwidths)
-    return sorted(bandwidths)
+    gammas = [1 / s for s in bandwidths] if variant == "kdc_rbf" else list(bandwidths)
+    gammas.sort()
+    return gammas, chain(gammas)
 
 
 def chain(gammas: list[float]) -> list[int]:
@@ -74,7 +80,7 @@ def scale_of(variant: str, z: Tensor) -> Tensor | float:
         return 1 / z.shape[1] ** 2  # the published code divides by D twice
     if variant != "kdc_rbf":
         return 1.0
-    spread = z.detach().square().sum() * (2 / (z.shape[0] - 1))
+    spread = 2 * z.detach().square().sum() / (z.shape[0] - 1)
     return torch.where(spread == 0, spread, 1 / spread)
 
 

@@ -312,12 +312,12 @@ def test_compiles_without_breaks(variant, impl):
 @EVERY
 def test_opcheck(variant, impl):
     x, y = features(3, 4, 5, torch.float32)
-    gammas = reference.gammas_of(None, variant)
+    gammas, powers = reference.family(None, variant)
     ops = torch.ops.kdcmae_fast
     if impl == "torch":
         torch.library.opcheck(ops.mmd_loss, (x, y, variant, gammas))
         return
-    arguments = (x.detach().bfloat16(), y.detach(), variant, gammas, reference.chain(gammas))
+    arguments = (x.detach().bfloat16(), y.detach(), variant, gammas, powers)
     torch.library.opcheck(ops.mmd_cpp.default, arguments)
     for needed in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(ops.mmd_grads_cpp.default, (*arguments, *needed))
@@ -358,3 +358,12 @@ X = torch.zeros(4, 3)
 def test_errors_name_the_argument(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         mmd_loss(*arguments, **options)
+
+
+def test_compiles_with_bandwidths_of_one_s_own(impl):
+    torch._dynamo.reset()
+    loss = functools.partial(mmd_loss, bandwidths=(0.5, 2.0, 3.0))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for n in (4, 5, 7):
+        x, y = features(n, 6, 8, torch.float32)
+        torch.testing.assert_close(compiled(x, y), loss(x, y))

@@ -8,8 +8,7 @@ def pairs(dtype: torch.dtype, variant: str, width: int):
         from kdcmae_fast.kernels.alignment import kernel, reference
 
         x, y = (torch.empty(n, width, dtype=dtype, device="meta") for n in (1024, 768))
-        gammas = reference.gammas_of(None, variant)
-        kernel.loss_and_grads(x, y, variant, gammas, reference.chain(gammas), True, True)
+        kernel.loss_and_grads(x, y, variant, *reference.family(None, variant), True, True)
 
     return launch
 
