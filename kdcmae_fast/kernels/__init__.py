@@ -13,6 +13,7 @@ from .attention import attention
 from .common import backends
 from .contrastive import diagonal_maps, info_nce, max_pooled_info_nce
 from .distillation import distillation_loss
+from .ema import ema_update_
 from .masking import MaskPlan, complementary_masks
 from .mlp import mlp
 from .normalization import add_layer_norm
@@ -29,6 +30,7 @@ __all__ = [
     "complementary_masks",
     "diagonal_maps",
     "distillation_loss",
+    "ema_update_",
     "embed_visible_patches",
     "frame_similarity",
     "gather_tokens",

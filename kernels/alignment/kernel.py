@@ -76,10 +76,12 @@ def _distances(
     steps = tl.where(tl.max(tl.load(scratch), axis=0) > 0.0, WIDTH, 0)
     tl.debug_barrier()
     exact = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for d in range(0, steps):
+    d = 0
+    while d < steps:  # a range up to a run-time value fails in the interpreter of Triton 3.6
         x, y = tl.load(row_z + d).to(tl.float32), tl.load(column_z + d).to(tl.float32)
         difference = x[:, None] - y[None, :]
         exact += difference * difference
+        d += 1
     return tl.where(near, exact, distance)
 
 
