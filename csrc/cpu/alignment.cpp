@@ -19,14 +19,14 @@ namespace {
 
 constexpr int64_t kBlock = 256;       // rows and columns of a tile
 constexpr int64_t kWidthBlock = 128;  // of the product with Z
-constexpr int64_t kColumns = 256;     // features centred at a time
+constexpr int64_t kColumns = 256;     // centred at a time
 constexpr int64_t kMaxGammas = 32;
 // A squared distance below this share of the two squared norms is summed up from differences: as a
 // difference of products it would have lost more than two digits.
 constexpr double kNear = 1.0 / 128;
 
-// Kernels exp(-gamma d2), ascending gammas, as misses: 1 minus the kernel. A miss is the complement
-// of the one before to a power, or has an exponential of its own (power 0).
+// Kernels exp(-gamma d2), ascending, as misses: 1 minus the kernel. Each is a power of the one before,
+// or has an exponential of its own (power 0).
 template <class T>
 struct Family {
   int64_t count;
@@ -92,7 +92,7 @@ KDCMAE_INLINE void fill_distances(const Tile<T>& tile, int64_t r, T* distance) {
   const T near = sum_over<T>(n, [=](int64_t i) KDCMAE_LAMBDA {
     return distance[i] < T(kNear) * (norm + norms[i]) ? T(1) : T(0);
   });
-  if (near <= T(tile.diagonal)) return;
+  if (near <= T(tile.diagonal)) return;  // none but the row itself
   const T* z = tile.row_z + r * tile.width;
   for (int64_t i = 0; i < n; ++i) {
     if (distance[i] >= T(kNear) * (norm + norms[i])) continue;
@@ -130,11 +130,10 @@ KDCMAE_INLINE double tile_pass(const Tile<T>& tile, const Family<T>& family, boo
     const T* misses = total;
     sum += sum_over<T>(n, [=](int64_t i) KDCMAE_LAMBDA { return misses[i]; });
     if (!gradients) continue;
-    // A row has no part in its own gradient; its large weight would cancel, but for rounding.
-    if (tile.diagonal) weight[r] = 0;
     T* out = tile.products + r * tile.stride;
     for (int64_t i = 0; i < n; ++i) {
-      out[i] = tile.coefficient * weight[i];
+      // Equal rows do not move each other; their large weights would cancel, but for rounding.
+      out[i] = distance[i] == T(0) ? T(0) : tile.coefficient * weight[i];
       column_sum[i] += out[i];
     }
     row_sum[r] = sum_over<T>(n, [=](int64_t i) KDCMAE_LAMBDA { return out[i]; });
@@ -224,15 +223,14 @@ struct Problem {
     z = at::empty({n + m, width}, x.options().dtype(c10::CppTypeToScalarType<T>::value));
     z.narrow(0, 0, n).copy_(x);
     z.narrow(0, n, m).copy_(y);
-    T* rows_of_z = z.template mutable_data_ptr<T>();
+    T* data = z.template mutable_data_ptr<T>();
     at::parallel_for(0, ceil_div(width, kColumns), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t first = begin * kColumns; first < std::min(end * kColumns, width);
-           first += kColumns) {
-        centre_clone(rows_of_z, n + m, width, first, std::min(kColumns, width - first));
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t first = k * kColumns, size = std::min(kColumns, width - first);
+        centre_clone(data, n + m, width, first, size);
       }
     });
     norms.resize(n + m);
-    const T* data = z.template const_data_ptr<T>();
     at::parallel_for(0, n + m, std::max<int64_t>(1, 16384 / width), [&](int64_t begin, int64_t end) {
       norm_clone(data, begin, end, width, norms.data());
     });
@@ -255,10 +253,8 @@ struct Problem {
       scale = spread == 0 ? 0 : double(norms.size() - 1) / (2 * spread);
     }
     family.count = gammas.size();
-    for (size_t k = 0; k < gammas.size(); ++k) {
-      family.gammas[k] = T(scale * gammas[k]);
-      family.powers[k] = powers[k];
-    }
+    for (size_t k = 0; k < gammas.size(); ++k) family.gammas[k] = T(scale * gammas[k]);
+    std::copy(powers.begin(), powers.end(), family.powers);
   }
 
   at::Tensor rows_of(const Block& block) const { return z.narrow(0, block.first, block.rows); }
@@ -268,17 +264,11 @@ struct Problem {
     at::mm_out(out, rows_of(rows), rows_of(columns).t());
     const T* data = z.template const_data_ptr<T>();
     const double weight = rows.of_y == columns.of_y ? (rows.of_y ? yy : xx) : xy;
-    return {out.mutable_data_ptr<T>(),     rows.rows,
-            columns.rows,                  out.stride(0),
-            rows.first == columns.first,   norms.data() + rows.first,
-            norms.data() + columns.first,  data + rows.first * width,
-            data + columns.first * width,  width,
-            T(weight)};
+    return {out.mutable_data_ptr<T>(), rows.rows, columns.rows, out.stride(0),
+            rows.first == columns.first, norms.data() + rows.first, norms.data() + columns.first,
+            data + rows.first * width, data + columns.first * width, width, T(weight)};
   }
 };
-
-// A pair of different blocks stands for both orders of its rows.
-double times_seen(size_t i, size_t j) { return i == j ? 1 : 2; }
 
 template <class T>
 double loss_in(const Problem<T>& problem) {
@@ -295,7 +285,8 @@ double loss_in(const Problem<T>& problem) {
       const Block &rows = problem.blocks[i], &columns = problem.blocks[j];
       at::Tensor out = buffer.narrow(0, 0, rows.rows).narrow(1, 0, columns.rows);
       const auto tile = problem.multiply(rows, columns, out);
-      sums[p] = times_seen(i, j) * tile_clone(tile, problem.family, false, nullptr, nullptr);
+      // A pair of different blocks stands for both orders of its rows.
+      sums[p] = (i == j ? 1 : 2) * tile_clone(tile, problem.family, false, nullptr, nullptr);
     }
   });
   double loss = problem.constant;
@@ -326,7 +317,7 @@ double loss_and_grads_in(const Problem<T>& problem, bool need_x, bool need_y, at
         const auto tile = problem.multiply(rows, columns, out);
         const bool gradients = needed(rows) || needed(columns);
         T* column_sum = j > i ? total + columns.first : unused;
-        sums[j] = times_seen(i, j) *
+        sums[j] = (i == j ? 1 : 2) *
                   tile_clone(tile, problem.family, gradients, &row_sums[j * kBlock], column_sum);
         if (j > i && needed(columns)) {
           grads.narrow(0, columns.first, columns.rows).addmm_(out.t(), own, 1, -1);
@@ -357,22 +348,21 @@ double loss_and_grads_in(const Problem<T>& problem, bool need_x, bool need_y, at
 
 at::ScalarType check(const at::Tensor& x, const at::Tensor& y, at::ArrayRef<double> gammas,
                      at::IntArrayRef powers) {
-  TORCH_CHECK_VALUE(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1) && x.size(1) > 0,
-                    "x and y must be (N, D) and (M, D) with D > 0, got ", x.sizes(), " and ",
+  TORCH_CHECK_VALUE(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1) && x.numel() > 0 &&
+                        y.numel() > 0,
+                    "x and y must be (N, D) and (M, D), not empty, got ", x.sizes(), " and ",
                     y.sizes());
-  TORCH_CHECK_VALUE(x.size(0) > 0 && y.size(0) > 0, "x and y must have rows");
   TORCH_CHECK_VALUE(gammas.size() == powers.size() && int64_t(gammas.size()) <= kMaxGammas &&
                         !powers.empty() && powers[0] == 0,
                     "gammas and powers must be equally many, 1 to ", kMaxGammas);
-  const bool wide = x.scalar_type() == at::kDouble || y.scalar_type() == at::kDouble;
-  return wide ? at::kDouble : at::kFloat;
+  return x.scalar_type() == at::kDouble || y.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 at::Tensor loss(const at::Tensor& x, const at::Tensor& y, std::string_view variant,
                 at::ArrayRef<double> gammas, at::IntArrayRef powers) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const auto type = check(x, y, gammas, powers);
   at::Tensor out;
+  const auto type = check(x, y, gammas, powers);
   AT_DISPATCH_FLOATING_TYPES(type, "mmd", [&] {
     const Problem<scalar_t> problem(x, y, variant, gammas, powers);
     out = at::scalar_tensor(loss_in(problem), x.options().dtype(type));
@@ -390,8 +380,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> loss_and_grads(
   AT_DISPATCH_FLOATING_TYPES(type, "mmd_grads", [&] {
     const Problem<scalar_t> problem(x, y, variant, gammas, powers);
     at::Tensor grads = at::zeros_like(problem.z);
-    out = at::scalar_tensor(loss_and_grads_in(problem, need_x, need_y, grads),
-                            x.options().dtype(type));
+    const double value = loss_and_grads_in(problem, need_x, need_y, grads);
+    out = at::scalar_tensor(value, x.options().dtype(type));
     by_x = grads.narrow(0, 0, need_x ? x.size(0) : 0).clone();
     by_y = grads.narrow(0, x.size(0), need_y ? y.size(0) : 0).clone();
   });

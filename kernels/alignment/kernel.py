@@ -107,7 +107,7 @@ def _raise(miss, POWER: tl.constexpr):
     result = miss if POWER % 2 == 1 else miss * 0.0
     base = miss
     for bit in tl.static_range(1, 5):
-        if POWER >= 2**bit:
+        if POWER // 2**bit > 0:
             base += base * (1.0 - base)
             if (POWER // 2**bit) % 2 == 1:
                 result += base * (1.0 - result)
@@ -186,9 +186,8 @@ def mmd_bwd_kernel(
                           BLOCK_D, UPCAST)  # fmt: skip
     _, weight = _family(distance * tl.load(scale_ptr), GAMMAS, POWERS, COUNT)
     weight *= tl.where(columns_of_y, weight_y, weight_x) * UNIT
-    # A row has no part in its own gradient; its large weight would cancel, but for rounding.
-    counted = inside & (rows[:, None] != columns[None, :])
-    weight = tl.where(counted, weight, 0.0).to(weight_ptr.dtype.element_ty)
+    # Equal rows do not move each other; their large weights would cancel, but for rounding.
+    weight = tl.where(inside & (distance != 0.0), weight, 0.0).to(weight_ptr.dtype.element_ty)
     at = local.to(tl.int64)[:, None] * n + columns[None, :]
     tl.store(weight_ptr + at, weight, mask=inside)
     tl.store(own_totals + tl.arange(0, BLOCK), tl.sum(weight.to(tl.float32), axis=1))
@@ -210,7 +209,8 @@ class _Rows(NamedTuple):
 def loss(x: Tensor, y: Tensor, variant: str, gammas: list[float], powers: list[int]) -> Tensor:
     """x (N, D), y (M, D) -> () in float32."""
     rows = _prepare(x, y, variant)
-    return _loss(rows, coefficients(variant, x.shape[0], y.shape[0]), _options(rows, gammas, powers))
+    weights = coefficients(variant, x.shape[0], y.shape[0])
+    return _loss(rows, weights, _options(rows, gammas, powers))
 
 
 def loss_and_grads(

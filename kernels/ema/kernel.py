@@ -120,7 +120,10 @@ def update_(
 
 
 def launch(
-    entries: tuple[Entry, ...], device: torch.device, momentum: float, momentum_tensor: Tensor | None
+    entries: tuple[Entry, ...],
+    device: torch.device,
+    momentum: float,
+    momentum_tensor: Tensor | None,
 ) -> None:
     """One kernel per kind of entry."""
     for task in _launches(entries, device):

@@ -72,9 +72,9 @@ def _resolve(teacher: list[Tensor], impl: str) -> str:
     return "torch"
 
 
-def _check_lists(
-    teacher: list[Tensor], student: list[Tensor], shadow: list[Tensor] | None
-) -> None:
+def _check_lists(teacher: list[Tensor], student: list[Tensor], shadow: list[Tensor] | None) -> None:
+    if not torch.compiler.is_compiling() and _plainly_right(teacher, student, shadow):
+        return
     _check_tensors("teacher_params", teacher, TEACHERS, teacher)
     _check_tensors("student_params", student, FLOATS, teacher)
     if shadow is not None:
@@ -84,6 +84,29 @@ def _check_lists(
             "teacher_params holds a tensor twice; update shared parameters once, "
             "or call again for them"
         )
+
+
+def _plainly_right(
+    teacher: list[Tensor], student: list[Tensor], shadow: list[Tensor] | None
+) -> bool:
+    """Whether nothing is wrong, at a third of the cost of finding out what is.
+
+    Models have hundreds of small parameters, which take no longer to update than to check.
+    """
+    try:
+        shapes = [t.shape for t in teacher]
+        copies = shadow or []
+        return (
+            len(set(map(id, teacher))) == len(teacher)
+            and shapes == [s.shape for s in student]
+            and (shadow is None or shapes == [c.shape for c in copies])
+            and {t.dtype for t in teacher}.issubset(TEACHERS)
+            and {s.dtype for s in student}.issubset(FLOATS)
+            and {c.dtype for c in copies}.issubset(SHADOWS)
+            and len({t.device for t in [*teacher, *student, *copies]}) <= 1
+        )
+    except AttributeError:
+        return False
 
 
 def _check_tensors(

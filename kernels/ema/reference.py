@@ -1,4 +1,4 @@
-"""teacher <- teacher + (1 - momentum) (student - teacher) over lists of tensors, in plain PyTorch."""
+"""Moving averages over lists of tensors, in plain PyTorch."""
 
 from collections import defaultdict
 

@@ -108,7 +108,9 @@ def test_gradcheck(variant, shape, impl):
     "shape", [(1, 3, 96), (3, 1, 512), (65, 65, 768), (257, 300, 96), (64, 64, 1023)], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_stays_within_pytorch_s_own_error(variant, shape, dtype, impl, value_and_grads, within_budget):
+def test_stays_within_pytorch_s_own_error(
+    variant, shape, dtype, impl, value_and_grads, within_budget
+):
     if variant == "unbiased":
         shape = (max(2, shape[0]), max(2, shape[1]), shape[2])
     leaves = tuple(x.detach() for x in features(*shape, dtype))
@@ -227,6 +229,17 @@ def test_rows_that_are_all_equal(variant, impl):
     assert loss.item() == (4.0 if variant == "kdc_tiled" else 0.0)
     loss.backward()
     assert not x.grad.any()
+
+
+@EVERY
+def test_rows_that_repeat_do_not_move_each_other(variant, impl):
+    x, y = features(9, 1, 8, torch.float32)
+    y = y.detach().expand(20, -1).clone().requires_grad_()
+    wide = [t.detach().double().requires_grad_() for t in (x, y)]
+    grads = torch.autograd.grad(mmd_loss(x, y, variant=variant), (x, y))
+    wants = torch.autograd.grad(mmd_loss(*wide, variant=variant, impl="torch"), wide)
+    for grad, want in zip(grads, wants, strict=True):
+        assert (grad - want).norm() <= 2e-6 * want.norm()
 
 
 @EVERY

@@ -34,11 +34,12 @@ def assert_close(x, y, device, of_loss=2e-6, of_grads=2e-6, **options):
     assert (results[0] - exact[0]).abs() <= of_loss * exact[0].abs() + 1e-7
     for grad, want, leaf in zip(results[1:], exact[1:], (x, y), strict=True):
         assert grad.dtype == leaf.dtype
-        assert (grad - want).norm() <= of_grads * want.norm()
+        subnormal = 3e-8 * grad.numel() ** 0.5 if grad.dtype == torch.float16 else 0.0
+        assert (grad - want).norm() <= of_grads * want.norm() + subnormal
 
 
 @EVERY
-@pytest.mark.parametrize("shape", [(2, 3, 4), (64, 65, 33), (70, 2, 96), (130, 67, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 4), (65, 5, 33), (70, 66, 96)], ids=str)
 def test_float32(variant, shape, triton_device):
     assert_close(*features(*shape), triton_device, of_loss=2e-5, variant=variant)
 
@@ -101,7 +102,7 @@ def test_partial_gradients_and_none(variant, triton_device, poison_empty):
 def test_rows_in_several_workspaces(triton_device, monkeypatch):
     from kdcmae_fast.kernels.alignment import kernel
 
-    x, y = features(130, 70, 6)
+    x, y = features(130, 5, 6)
     whole = run(x, y, triton_device, impl="triton")
     monkeypatch.setattr(kernel, "WORKSPACE_ELEMENTS", 1)
     parts = run(x, y, triton_device, impl="triton")
