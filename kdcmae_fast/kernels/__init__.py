@@ -39,6 +39,6 @@ __all__ = [
     "masked_reconstruction_loss",
     "max_pooled_info_nce",
     "mlp",
-    "retrieval_ranks",
     "mmd_loss",
+    "retrieval_ranks",
 ]
