@@ -14,15 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import Backend, assume_constant_result, without_autocast
+from .blocked import blocked
 from .reference import attention_scores_materialised
 
-IMPLS = ("sdpa", "flash_attn", "xformers", "torch")
+IMPLS = ("sdpa", "blocked", "flash_attn", "xformers", "torch")
 PACKAGES = {"flash_attn": "flash-attn", "xformers": "xformers"}  # module -> what to install
 HALF = (torch.bfloat16, torch.float16)
-
-# `auto` on CPU, from the measurements in the README.
-MAX_SCORES = 2**25  # scores of one call that may be materialised: 128 MiB in float32
-MAX_LENGTH = 384  # keys per sequence up to which materialised scores were faster
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -44,6 +41,7 @@ def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 DENSE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "sdpa": sdpa,
+    "blocked": blocked,
     "flash_attn": flash_attn,
     "xformers": xformers,
     "torch": attention_scores_materialised,
@@ -77,6 +75,8 @@ def xformers_packed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tens
 @functools.cache
 def problem(impl: str, device: str) -> str | None:
     """Why this back-end cannot run on tensors of this device type; None when it can."""
+    if impl == "blocked" and device != "cpu":
+        return f"it takes CPU tensors, not {device}"
     if impl not in PACKAGES:
         return None
     if importlib.util.find_spec(impl) is None:
@@ -97,10 +97,9 @@ def requested(impl: str, device: str) -> str:
     return impl
 
 
-def automatic(device: str, scores: int, length: int) -> str:
-    """What `auto` takes for `scores` scores in all, over `length` keys per sequence."""
-    short = device == "cpu" and length <= MAX_LENGTH and scores <= MAX_SCORES
-    return "torch" if short else "sdpa"
+def automatic(device: str, dtype: torch.dtype) -> str:
+    """What `auto` takes, from the measurements in the README."""
+    return "blocked" if device == "cpu" and dtype in HALF else "sdpa"
 
 
 def report(device: str) -> Backend:
@@ -111,5 +110,5 @@ def report(device: str) -> Backend:
         return Backend(impl, f"KDCMAE_IMPL={impl}")
     if device != "cpu":
         return Backend("sdpa", "; ".join([f"default on {device}", *missing]))
-    why = f"measured on CPU; torch instead up to {MAX_LENGTH} keys and {MAX_SCORES} scores"
+    why = "measured on CPU; blocked instead for bfloat16 and float16"
     return Backend("sdpa", "; ".join([why, *missing]))

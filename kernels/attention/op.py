@@ -55,10 +55,10 @@ def attention(
 
     dtype: one for all three: float64, float32, bfloat16 or float16 (flash_attn and xformers: the
     16-bit ones). Scores and softmax are float32 at least; autocast does not change the result.
-    impl: "sdpa", "flash_attn", "xformers", "torch" (scores materialised, B*H*L*S of them kept
-    for the backward pass); "auto" is "sdpa", but "torch" on CPU for up to 384 keys and 2**25
-    scores, where that measured faster. The environment variable KDCMAE_IMPL=torch makes "auto"
-    mean "torch".
+    impl: "sdpa", "blocked" (CPU: SDPA with a backward pass of its own), "flash_attn", "xformers",
+    "torch" (scores materialised, B*H*L*S of them kept for the backward pass); "auto" is "sdpa",
+    but "blocked" on CPU in the 16-bit dtypes, where that measured faster. The environment variable
+    KDCMAE_IMPL=torch makes "auto" mean "torch".
 
     Differentiable. Errors are ValueErrors that name the argument; a missing back-end says why.
     """
@@ -77,9 +77,7 @@ def attention(
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, chosen: str) -> Tensor:
     if chosen == "auto":
-        batch, heads, queries, _ = q.shape
-        keys = k.shape[2]
-        chosen = automatic(q.device.type, batch * heads * queries * keys, keys)
+        chosen = automatic(q.device.type, q.dtype)
     return DENSE[chosen](q, k, v)
 
 
@@ -111,7 +109,7 @@ def _on_device(
     check_dtype("cu_seqlens", bounds, (torch.int32,))
     if max_seqlen is None:
         raise ValueError("max_seqlen is needed with cu_seqlens on a GPU; pass the longest document")
-    if chosen in ("torch", "xformers"):
+    if chosen in ("torch", "blocked", "xformers"):
         raise ValueError(
             f"impl={chosen!r} needs cu_seqlens on the host; pass a tuple of ints or a CPU tensor"
         )

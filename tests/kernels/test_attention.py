@@ -11,9 +11,10 @@ from torch import Tensor
 
 from kdcmae_fast.kernels import attention, backends
 from kdcmae_fast.kernels.attention import backends as choice
+from kdcmae_fast.kernels.attention import blocked
 from kdcmae_fast.kernels.attention import op as attention_op
 
-HERE = ("auto", "sdpa", "torch")
+HERE = ("auto", "sdpa", "blocked", "torch")
 BOUNDS = (0, 3, 6, 6, 10, 13, 14)  # lengths 3 3 0 4 3 1
 AS_TENSOR = torch.tensor(BOUNDS, dtype=torch.int32)
 
@@ -70,7 +71,7 @@ def test_gradcheck(impl):
     )
 
 
-@pytest.mark.parametrize("impl", ["auto", "torch"])
+@pytest.mark.parametrize("impl", ["auto", "blocked", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("length, width", [(49, 64), (177, 32)])
 def test_stays_within_sdpa_s_own_error(impl, dtype, length, width, within_budget):
@@ -160,6 +161,7 @@ def test_partial_gradients_determinism_and_autocast(impl):
         assert torch.equal(out, attention(q, k, v, impl=impl))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("impl", HERE)
 def test_compiles_without_breaks(impl):
     compiled = torch.compile(
@@ -192,12 +194,41 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.kdcmae_fast.attention, tuple(dense(dtype=torch.float32)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_of_the_blocked_passes(dtype):
+    contiguous = [x.detach() for x in dense(keys=7, dtype=dtype)]
+    fused = torch.randn(2, 5, 3, 4, 8).to(dtype).permute(2, 0, 3, 1, 4).unbind()
+    for inputs in (contiguous, fused):
+        torch.library.opcheck(torch.ops.kdcmae_fast.attention_blocked, tuple(inputs))
+        out, lse = torch.ops.kdcmae_fast.attention_blocked(*inputs)
+        torch.library.opcheck(
+            torch.ops.kdcmae_fast.attention_blocked_backward,
+            (torch.randn_like(out), *inputs, out, lse),
+        )
+
+
+def test_blocks_of_every_size_agree(monkeypatch):
+    q, k, v = dense(3, 2, 5, 8, keys=7)
+    upstream = torch.randn_like(q)
+    want = torch.autograd.grad(attention(q, k, v, impl="torch"), (q, k, v), upstream)
+    for most in (1, 35, 4 * 35, 100 * 35):  # 1, 1, 4 and all 6 (sample, head) pairs at a time
+        monkeypatch.setattr(blocked, "MAX_SCORES", most)
+        grads = torch.autograd.grad(attention(q, k, v, impl="blocked"), (q, k, v), upstream)
+        for grad, other in zip(grads, want, strict=True):
+            torch.testing.assert_close(grad, other, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl, most", [("sdpa", 5), ("blocked", 5), ("torch", 90)])
+def test_what_is_kept_for_backward(impl, most, saved_storages):
+    q, k, v = dense(2, 3, 64, 8, dtype=torch.float32)
+    kept = saved_storages(lambda: attention(q, k, v, impl=impl))
+    assert sum(kept.values()) <= most * q.numel() * 4
+
+
 def test_auto_follows_the_measured_rule(monkeypatch):
-    few, many = 1000, 2**25 + 1
-    assert choice.automatic("cpu", few, 354) == "torch"
-    assert choice.automatic("cpu", few, 708) == "sdpa"
-    assert choice.automatic("cpu", many, 49) == "sdpa"
-    assert choice.automatic("cuda", few, 49) == "sdpa"
+    assert choice.automatic("cpu", torch.float32) == "sdpa"
+    assert choice.automatic("cpu", torch.bfloat16) == "blocked"
+    assert choice.automatic("cuda", torch.bfloat16) == "sdpa"
     assert backends("cpu")["attention"].impl == "sdpa"
     assert "flash-attn is not installed" in choice.report("cuda").reason
     monkeypatch.setenv("KDCMAE_IMPL", "torch")
@@ -280,6 +311,7 @@ def test_errors_of_bounds_on_the_device(bounds, max_seqlen, chosen, message):
 
 X = torch.zeros(2, 3, 5, 8)
 R = torch.zeros(14, 3, 8)
+M = X.to("meta")
 
 
 @pytest.mark.parametrize(
@@ -304,6 +336,7 @@ R = torch.zeros(14, 3, 8)
         ((R, R, R), {"cu_seqlens": BOUNDS, "max_seqlen": 3}, "max_seqlen=3 is below the longest"),
         ((R, R, R), {"cu_seqlens": BOUNDS, "max_seqlen": -1}, "max_seqlen must not be negative"),
         ((X, X, X), {"impl": "cudnn"}, "impl='cudnn' is not one of auto, sdpa"),
+        ((M, M, M), {"impl": "blocked"}, "'blocked' of attention is not available here: it takes"),
         ((X, X, X), {"impl": "flash_attn"}, "the package flash-attn is not installed"),
         ((X, X, X), {"impl": "xformers"}, "the package xformers is not installed"),
     ],

@@ -1,0 +1,127 @@
+"""SDPA on the CPU with a backward pass of its own: scores made again, some heads at a time.
+
+PyTorch's FlashAttention for CPUs is fast forward, but its backward pass in 16 bit takes longer than
+matrix products and exponentials over scores that fit into the cache. B batch, H heads, L queries,
+S keys, d width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..common import compute_dtype, without_autocast
+
+MAX_SCORES = 2**20  # of one block: 4 MiB in float32, of which there are two
+
+
+def blocked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for q (B, H, L, d) and k, v (B, H, S, d) -> (B, H, L, d)."""
+    with without_autocast(q.device):
+        return BlockedAttention.apply(_unit_stride(q), _unit_stride(k), _unit_stride(v))
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """x itself if its last axis lies together, as PyTorch's kernel wants it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class BlockedAttention(torch.autograd.Function):
+    """Keeps q, k, v, the output and one number per query."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = torch.ops.kdcmae_fast.attention_blocked(q, k, v)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.kdcmae_fast.attention_blocked_backward(grad, *ctx.saved_tensors)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Output (B, H, L, d) and lse (B, H, L), the logarithm of each query's sum of exponentials."""
+    if q.numel() == 0:  # the kernel does not take it
+        return _empty_forward(q, k, v)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v.
+
+    With P = exp(s q k^T - lse) and s = 1 / sqrt(d): dv = P^T g, dS = P * (g v^T - rowsum(g * out)),
+    dq = s dS k, dk = s dS^T q. What is subtracted rides in the products, as one more column.
+    """
+    pairs, queries, keys = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
+    wide, scale = compute_dtype(q), q.shape[-1] ** -0.5
+    # bfloat16 probabilities meet bfloat16 values; float16 products would be emulated on most CPUs.
+    low = q.dtype if q.dtype == torch.bfloat16 else wide
+
+    def rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype).reshape(pairs, *x.shape[2:])
+
+    def beside(x: Tensor, column: Tensor) -> Tensor:
+        return torch.cat([rows(x, wide), column.to(wide).reshape(pairs, x.shape[2], 1)], dim=2)
+
+    minus_delta = -(grad.to(wide) * out.to(wide)).sum(dim=-1)
+    ones = k.new_ones(pairs, keys)
+    queries_lse, keys_one = beside(q.to(wide) * scale, -lse), beside(k, ones)
+    grads_delta, values_one = beside(grad, minus_delta), beside(v, ones)
+    plain_q, plain_k, plain_grad = rows(q, low), rows(k, low), rows(grad, low)
+    dq, dk, dv = (torch.empty_like(rows(x, low)) for x in (q, k, v))
+    step = max(1, min(MAX_SCORES // max(1, queries * keys), pairs))
+    probabilities, scores = (
+        torch.empty(step, queries, keys, dtype=wide, device=q.device) for _ in range(2)
+    )
+    for start in range(0, pairs, step):
+        block = slice(start, min(start + step, pairs))
+        count = block.stop - start
+        p = torch.bmm(queries_lse[block], keys_one[block].mT, out=probabilities[:count]).exp_()
+        torch.bmm(p.to(low).mT, plain_grad[block], out=dv[block])
+        ds = torch.bmm(grads_delta[block], values_one[block].mT, out=scores[:count])
+        ds = ds.mul_(p).mul_(scale).to(low)
+        torch.bmm(ds, plain_k[block], out=dq[block])
+        torch.bmm(ds.mT, plain_q[block], out=dk[block])
+    dq, dk, dv = (x.view(like.shape).to(q.dtype) for x, like in ((dq, q), (dk, k), (dv, v)))
+    return dq, dk, dv
+
+
+def _empty_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs as the kernel lays them out: like q, and by query before head."""
+    batch, heads, queries, _ = q.shape
+    lse = q.new_empty(batch, queries, heads, dtype=compute_dtype(q)).transpose(1, 2)
+    return torch.empty_like(q), lse
+
+
+def _fake_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    torch.library.define(f"kdcmae_fast::{name}", schema)
+    torch.library.impl(f"kdcmae_fast::{name}", "CPU", run)
+    torch.library.register_fake(f"kdcmae_fast::{name}", fake)
+
+
+_register(
+    "attention_blocked",
+    "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)",
+    _forward,
+    _empty_forward,
+)
+_register(
+    "attention_blocked_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse)"
+    " -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
