@@ -6,11 +6,12 @@ N rows (views and clips), L tokens, D width, H heads.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kdcmae_fast.kernels import attention
+
+from .lean import GeluLinear, Linear, Norm, Normed, NormedLinear, NormParameters, normalize
 
 
 class Segment(NamedTuple):
@@ -28,14 +29,14 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.impl = impl
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = NormedLinear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Normed) -> Tensor:
         """(N, L, D) -> (N, L, D)."""
         return self.proj(self._attend(self.qkv(x)))
 
-    def packed(self, x: Tensor, segments: tuple[Segment, ...]) -> Tensor:
+    def packed(self, x: Normed, segments: tuple[Segment, ...]) -> Tensor:
         """(R, D) packed rows; one projection for all, attention inside each sequence only."""
         qkv = self.qkv(x).split([s.rows * s.length for s in segments])
         parts = [
@@ -65,12 +66,12 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = NormedLinear(dim, hidden)
+        self.fc2 = GeluLinear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Normed) -> Tensor:
         """(..., D) -> (..., D)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.fc1(x))
 
 
 class Block(nn.Module):
@@ -78,15 +79,15 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, impl: str = "auto") -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = Norm(dim)
         self.attn = Attention(dim, num_heads, impl)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = Norm(dim)
         self.mlp = Mlp(dim, hidden_width(dim, mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, L, D) -> (N, L, D)."""
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        attended = self.norm2(self.attn(self.norm1(x)), x)
+        return attended.stream + self.mlp(attended)
 
 
 class StreamNorm(nn.Module):
@@ -94,14 +95,16 @@ class StreamNorm(nn.Module):
 
     def __init__(self, dim: int, streams: tuple[str, ...]) -> None:
         super().__init__()
-        self.norms = nn.ModuleDict({stream: nn.LayerNorm(dim) for stream in streams})
+        self.norms = nn.ModuleDict({stream: NormParameters(dim) for stream in streams})
 
-    def forward(self, x: Tensor, segments: tuple[Segment, ...]) -> Tensor:
-        """(R, D) -> (R, D)."""
-        if len(segments) == 1:
-            return self.norms[segments[0].norm](x)
-        parts = x.split([s.rows * s.length for s in segments])
-        return torch.cat([self.norms[s.norm](p) for p, s in zip(parts, segments, strict=True)])
+    def forward(
+        self, x: Tensor, segments: tuple[Segment, ...], residual: Tensor | None = None
+    ) -> Normed:
+        """(R, D) each -> LayerNorm(x + residual)."""
+        parameters = torch.cat([self.norms[s.norm]() for s in segments], dim=1)
+        runs = tuple((index, s.rows * s.length) for index, s in enumerate(segments))
+        eps = self.norms[segments[0].norm].eps
+        return normalize(x, residual, parameters, runs, eps)
 
 
 class SharedBlock(nn.Module):
@@ -118,8 +121,9 @@ class SharedBlock(nn.Module):
 
     def forward(self, x: Tensor, segments: tuple[Segment, ...]) -> Tensor:
         """(R, D) packed rows -> (R, D)."""
-        x = x + self.attn.packed(self.norm1(x, segments), segments)
-        return x + self.mlp(self.norm2(x, segments))
+        branch = self.attn.packed(self.norm1(x, segments), segments)
+        attended = self.norm2(branch, segments, x)
+        return attended.stream + self.mlp(attended)
 
 
 def run_block(block: nn.Module, *args: object, recompute: bool) -> Tensor:

@@ -102,10 +102,9 @@ class FusedLayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight = ctx.saved_tensors[-1]
-        dx, dweight, dbias = LAYER_NORM_BACKWARD[ctx.impl](
-            grad, None, *ctx.saved_tensors, *ctx.runs
-        )
+        saved = ctx.saved_tensors  # once: activation checkpointing allows no more
+        weight = saved[-1]
+        dx, dweight, dbias = LAYER_NORM_BACKWARD[ctx.impl](grad, None, *saved, *ctx.runs)
         return dx, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, None, None, None
 
 
@@ -137,8 +136,9 @@ class FusedAddLayerNorm(torch.autograd.Function):
             if grad_summed is None:
                 return (None,) * 8
             return grad_summed.to(x_dtype), grad_summed.to(residual_dtype), *(None,) * 6
-        summed, _, _, weight = ctx.saved_tensors
-        args = (grad, grad_summed, *ctx.saved_tensors, *ctx.runs)
+        saved = ctx.saved_tensors  # once: activation checkpointing allows no more
+        summed, _, _, weight = saved
+        args = (grad, grad_summed, *saved, *ctx.runs)
         narrow = [t for t in (x_dtype, residual_dtype) if t != summed.dtype]
         if len(narrow) == 1 and all(ctx.needs_input_grad[:2]):
             dsummed, cast, dweight, dbias = LAYER_NORM_BACKWARD_CAST[ctx.impl](*args, narrow[0])
