@@ -107,9 +107,11 @@ class ModelConfig:
     loss_weighting: Literal["fixed", "uncertainty"] = "fixed"
     # Execution: numerically the same results
     packed_shared: bool = True  # shared block once over joint | audio | video rows
+    decoder_masked_only: bool = True  # last decoder block: only rows that the loss reads
+    mask_token_table: bool = False  # first decoder block: mask tokens projected once per position
     shared_chain: Literal["composed", "released"] = "composed"  # differ for shared_depth > 1
     activation_checkpointing: bool = False  # recompute blocks in backward to save memory
-    attention_impl: Literal["auto", "sdpa", "flash_attn", "xformers", "torch"] = "auto"
+    attention_impl: Literal["auto", "sdpa", "blocked", "flash_attn", "xformers", "torch"] = "auto"
 
     def __post_init__(self) -> None:
         """ValueError, one line that names the field, for sizes no model can have."""

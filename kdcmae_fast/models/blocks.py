@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from kdcmae_fast.kernels import attention
 
 from .lean import GeluLinear, Linear, Norm, Normed, NormedLinear, NormParameters, normalize
+from .rows import Filler, take_tokens
 
 
 class Segment(NamedTuple):
@@ -32,9 +33,17 @@ class Attention(nn.Module):
         self.qkv = NormedLinear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Normed) -> Tensor:
-        """(N, L, D) -> (N, L, D)."""
-        return self.proj(self._attend(self.qkv(x)))
+    def forward(
+        self, x: Normed, wanted: Tensor | None = None, filler: Filler | None = None
+    ) -> Tensor:
+        """(N, L, D) -> (N, L, D); with `wanted` (N, M) tokens as queries only, (N, M, D).
+
+        filler: x is what `filler.pack` made.
+        """
+        qkv = self.qkv(x)
+        if filler is not None:
+            qkv = filler.spread(qkv)
+        return self.proj(self._attend(qkv, wanted))
 
     def packed(self, x: Normed, segments: tuple[Segment, ...]) -> Tensor:
         """(R, D) packed rows; one projection for all, attention inside each sequence only."""
@@ -45,12 +54,16 @@ class Attention(nn.Module):
         ]
         return self.proj(torch.cat(parts))
 
-    def _attend(self, qkv: Tensor) -> Tensor:
+    def _attend(self, qkv: Tensor, wanted: Tensor | None = None) -> Tensor:
         n, length, width = qkv.shape
-        head = width // (3 * self.num_heads)  # no -1 in the view: there may be no rows
+        dim = width // 3
+        head = dim // self.num_heads  # no -1 in the views: there may be no rows
         q, k, v = qkv.view(n, length, 3, self.num_heads, head).permute(2, 0, 3, 1, 4)
+        if wanted is not None:
+            queries = take_tokens(qkv[..., :dim], wanted)
+            q = queries.view(*wanted.shape, self.num_heads, head).transpose(1, 2)
         out = attention(q, k, v, impl=self.impl)
-        return out.transpose(1, 2).reshape(n, length, width // 3)
+        return out.transpose(1, 2).reshape(n, out.shape[2], dim)
 
 
 def hidden_width(dim: int, mlp_ratio: float) -> int:
@@ -84,9 +97,17 @@ class Block(nn.Module):
         self.norm2 = Norm(dim)
         self.mlp = Mlp(dim, hidden_width(dim, mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, L, D) -> (N, L, D)."""
-        attended = self.norm2(self.attn(self.norm1(x)), x)
+    def forward(
+        self, x: Tensor, wanted: Tensor | None = None, filler: Filler | None = None
+    ) -> Tensor:
+        """(N, L, D) -> (N, L, D).
+
+        wanted: (N, M), the tokens whose results are asked for -> (N, M, D); the others are keys
+            and values only. filler: the tokens that are the same in every row.
+        """
+        normed = self.norm1(x if filler is None else filler.pack(x))
+        branch = self.attn(normed, wanted, filler)
+        attended = self.norm2(branch, x if wanted is None else take_tokens(x, wanted))
         return attended.stream + self.mlp(attended)
 
 

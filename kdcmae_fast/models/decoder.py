@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from kdcmae_fast.config import ModelConfig
-from kdcmae_fast.kernels import MaskPlan, assemble_decoder_input
+from kdcmae_fast.kernels import assemble_decoder_input
 
 from .blocks import Block, run_block
 from .masking import audio_grid, video_grid
 from .outputs import Plans
 from .positions import sincos_positions
+from .rows import Filler, kept_tokens, masked_tokens, take_tokens
 
 
 class Decoder(nn.Module):
@@ -27,6 +28,8 @@ class Decoder(nn.Module):
         super().__init__()
         dim, pixels = config.decoder_embed_dim, config.patch_size**2
         self.restore = config.restore
+        self.masked_only = config.decoder_masked_only
+        self.mask_token_table = config.mask_token_table
         self.recompute = config.activation_checkpointing
         self.num_audio = math.prod(audio_grid(config))
         self.embed = nn.Linear(config.embed_dim, dim)
@@ -54,36 +57,38 @@ class Decoder(nn.Module):
         masked_only: (N, L - keep, P) in `ids_masked` order, what the loss reads; else (N, L, P).
         """
         audio_plan, video_plan = plans["audio"], plans["video"]
+        positions = self._positions()
         x = assemble_decoder_input(
             self.embed(latent),
             (audio_plan, video_plan),
             self.mask_token.flatten(),
-            self._positions(),
+            positions,
             restore=self.restore,
         )
-        for block in self.blocks:
-            x = run_block(block, x, recompute=self.recompute)
-        split = self.num_audio
+        filler = self._filler(positions, plans) if self.mask_token_table else None
+        wanted, split = None, self.num_audio
         if masked_only:
-            audio_ids = all_views(audio_plan)
-            x = take_tokens(x, torch.cat([audio_ids, all_views(video_plan) + split], dim=1))
+            audio_ids = masked_tokens(audio_plan)
+            wanted = torch.cat([audio_ids, masked_tokens(video_plan) + split], dim=1)
             split = audio_ids.shape[1]
+        for index, block in enumerate(self.blocks):
+            last = self.masked_only and index == len(self.blocks) - 1
+            first = filler if index == 0 else None
+            x = run_block(block, x, wanted if last else None, first, recompute=self.recompute)
+            wanted = None if last else wanted
+        if wanted is not None:
+            x = take_tokens(x, wanted)
         x = self.norm(x)
         return self.audio_head(x[:, :split]), self.video_head(x[:, split:])
+
+    def _filler(self, positions: Tensor, plans: Plans) -> Filler:
+        """The mask token at every place, and where the visible tokens are."""
+        released = self.restore == "released"
+        audio, video = (kept_tokens(plans[name], released) for name in ("audio", "video"))
+        places = torch.cat([audio, video + self.num_audio], dim=1)
+        return Filler(self.mask_token.flatten() + positions, places)
 
     def _positions(self) -> Tensor:
         """(L, D') table: position and modality vector of every decoder token."""
         audio = self.audio_pos_embed + self.audio_modality
         return torch.cat([audio, self.video_pos_embed + self.video_modality], dim=1)[0]
-
-
-def all_views(plan: MaskPlan) -> Tensor:
-    """The removed tokens of every view, (K*B, L - keep) int64."""
-    return torch.cat([plan.ids_masked(view) for view in range(plan.num_views)])
-
-
-def take_tokens(x: Tensor, ids: Tensor) -> Tensor:
-    """Rows of (N, L, D) at ids (N, M) -> (N, M, D), without an index as wide as D."""
-    offset = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
-    rows = x.flatten(0, 1).index_select(0, (ids + offset).flatten())
-    return rows.view(*ids.shape, x.shape[2])

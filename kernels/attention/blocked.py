@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ..common import compute_dtype, without_autocast
 
-MAX_SCORES = 2**20  # of one block: 4 MiB in float32, of which there are two
+MAX_SCORES = 2**19  # of one block: 2 MiB in float32, of which there are two
 
 
 def blocked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -55,8 +55,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v.
 
-    With P = exp(s q k^T - lse) and s = 1 / sqrt(d): dv = P^T g, dS = P * (g v^T - rowsum(g * out)),
-    dq = s dS k, dk = s dS^T q. What is subtracted rides in the products, as one more column.
+    With P = exp(s q k^T - lse) and s = 1 / sqrt(d): dv = P^T g, dq = dS k, dk = dS^T q,
+    dS = P * (s g v^T - s rowsum(g * out)). What is subtracted rides in the products, as one more
+    column.
     """
     pairs, queries, keys = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
     wide, scale = compute_dtype(q), q.shape[-1] ** -0.5
@@ -69,25 +70,28 @@ def _backward(
     def beside(x: Tensor, column: Tensor) -> Tensor:
         return torch.cat([rows(x, wide), column.to(wide).reshape(pairs, x.shape[2], 1)], dim=2)
 
-    minus_delta = -(grad.to(wide) * out.to(wide)).sum(dim=-1)
+    scaled_grad = grad.to(wide) * scale
+    minus_delta = -(scaled_grad * out.to(wide)).sum(dim=-1)
     ones = k.new_ones(pairs, keys)
     queries_lse, keys_one = beside(q.to(wide) * scale, -lse), beside(k, ones)
-    grads_delta, values_one = beside(grad, minus_delta), beside(v, ones)
+    grads_delta, values_one = beside(scaled_grad, minus_delta), beside(v, ones)
     plain_q, plain_k, plain_grad = rows(q, low), rows(k, low), rows(grad, low)
     dq, dk, dv = (torch.empty_like(rows(x, low)) for x in (q, k, v))
     step = max(1, min(MAX_SCORES // max(1, queries * keys), pairs))
-    probabilities, scores = (
-        torch.empty(step, queries, keys, dtype=wide, device=q.device) for _ in range(2)
+    probabilities, scores, operand = (
+        torch.empty(step, queries, keys, dtype=dtype, device=q.device)
+        for dtype in (wide, wide, low)
     )
     for start in range(0, pairs, step):
         block = slice(start, min(start + step, pairs))
         count = block.stop - start
         p = torch.bmm(queries_lse[block], keys_one[block].mT, out=probabilities[:count]).exp_()
-        torch.bmm(p.to(low).mT, plain_grad[block], out=dv[block])
-        ds = torch.bmm(grads_delta[block], values_one[block].mT, out=scores[:count])
-        ds = ds.mul_(p).mul_(scale).to(low)
-        torch.bmm(ds, plain_k[block], out=dq[block])
-        torch.bmm(ds.mT, plain_q[block], out=dk[block])
+        low_p = p if low == wide else operand[:count].copy_(p)
+        torch.bmm(low_p.mT, plain_grad[block], out=dv[block])
+        ds = torch.bmm(grads_delta[block], values_one[block].mT, out=scores[:count]).mul_(p)
+        low_ds = ds if low == wide else operand[:count].copy_(ds)
+        torch.bmm(low_ds, plain_k[block], out=dq[block])
+        torch.bmm(low_ds.mT, plain_q[block], out=dk[block])
     dq, dk, dv = (x.view(like.shape).to(q.dtype) for x, like in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from kdcmae_fast.kernels import (
     MaskPlan,
@@ -39,6 +40,43 @@ def test_packed_shared_blocks_equal_three_passes(small, batch, gradients, shared
 def test_activation_checkpointing_changes_nothing(small, batch, gradients):
     plain = gradients(small(**EVERYTHING), batch)
     assert_same(plain, gradients(small(activation_checkpointing=True, **EVERYTHING), batch))
+
+
+SHORTCUTS = ("decoder_masked_only", "mask_token_table")
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "num_views, restore", [(1, "corrected"), (2, "released"), (3, "corrected")]
+)
+@pytest.mark.parametrize("flags", [(True, False), (False, True), (True, True)])
+def test_decoder_shortcuts_are_exact(
+    small, batch, gradients, flags, num_views, restore, recompute, depth
+):
+    options = {"num_views": num_views, "restore": restore, "decoder_depth": depth}
+    plain = gradients(small(**options, **dict.fromkeys(SHORTCUTS, False)), batch)
+    options |= {"activation_checkpointing": recompute, **dict.fromkeys(SHORTCUTS, False)}
+    assert_same(plain, gradients(small(**(options | dict.fromkeys(on, True))), batch))
+
+
+def test_decoder_shortcuts_leave_reconstructions_alone(small, batch):
+    plain = small(**KDC, **dict.fromkeys(SHORTCUTS, False)).reconstruct(batch)
+    short = small(**KDC, **dict.fromkeys(SHORTCUTS, True)).reconstruct(batch)
+    torch.testing.assert_close(short.audio, plain.audio)
+    torch.testing.assert_close(short.video, plain.video)
+
+
+def test_decoder_shortcuts_do_less(small, batch):
+    def flops(**options):
+        model = small(**KDC, **options)
+        with FlopCounterMode(display=False) as counter:
+            model(batch).total.backward()
+        return counter.get_total_flops()
+
+    plain = flops(**dict.fromkeys(SHORTCUTS, False))
+    for name in SHORTCUTS:
+        assert flops(**{**dict.fromkeys(SHORTCUTS, False), name: True}) < plain
 
 
 def test_activation_checkpointing_keeps_less(small, batch, saved_storages):
