@@ -116,7 +116,9 @@ class StreamNorm(nn.Module):
 
     def __init__(self, dim: int, streams: tuple[str, ...]) -> None:
         super().__init__()
-        self.norms = nn.ModuleDict({stream: NormParameters(dim) for stream in streams})
+        norms = {stream: NormParameters(dim) for stream in streams}
+        self.norms = nn.ModuleDict(norms)
+        self.eps = norms[streams[0]].eps
 
     def forward(
         self, x: Tensor, segments: tuple[Segment, ...], residual: Tensor | None = None
@@ -124,8 +126,7 @@ class StreamNorm(nn.Module):
         """(R, D) each -> LayerNorm(x + residual)."""
         parameters = torch.cat([self.norms[s.norm]() for s in segments], dim=1)
         runs = tuple((index, s.rows * s.length) for index, s in enumerate(segments))
-        eps = self.norms[segments[0].norm].eps
-        return normalize(x, residual, parameters, runs, eps)
+        return normalize(x, residual, parameters, runs, self.eps)
 
 
 class SharedBlock(nn.Module):

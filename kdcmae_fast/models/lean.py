@@ -59,7 +59,9 @@ def operand_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 class Norm(nn.LayerNorm):
     """LayerNorm of a stream after the addition of a branch to it."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Normed:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, residual: Tensor | None = None
+    ) -> Normed:
         """(..., D) each -> LayerNorm(x + residual)."""
         rows = x.numel() // x.shape[-1]
         return normalize(x, residual, _stack(self), ((0, rows),), self.eps)
@@ -71,7 +73,7 @@ class NormParameters(nn.LayerNorm):
     Called as a module, so that an engine that keeps parameters in shards has them whole.
     """
 
-    def forward(self) -> Tensor:
+    def forward(self) -> Tensor:  # type: ignore[override]
         """(2, 1, D)."""
         return _stack(self)
 
@@ -91,7 +93,7 @@ class Linear(nn.Linear):
 class NormedLinear(nn.Linear):
     """nn.Linear of LayerNorm's output; keeps LayerNorm's input."""
 
-    def forward(self, normed: Normed) -> Tensor:
+    def forward(self, normed: Normed) -> Tensor:  # type: ignore[override]
         """(..., D) -> (..., D')."""
         return _NormedLinear.apply(
             normed.value,
