@@ -56,10 +56,10 @@ class CavMae(PretrainedModel):
             latents = self.encoder(batch.fbank, batch.frames, plans, ("audio", "video"))
             return pool(latents.audio), pool(latents.video)
         latents = self.encoder(batch.fbank, batch.frames, plans, self.objective.streams)
-        predictions = None
+        errors = None
         if "mae_audio" in self.objective.terms:
-            predictions = self.decoder(latents.joint, plans)
-        return self.objective(latents, predictions, batch, plans, self.contrast_group, contrast)
+            errors = self.decoder(latents.joint, plans, batch=batch)
+        return self.objective(latents, errors, self.contrast_group, contrast)
 
     def encode(self, fbank: Tensor | None = None, frames: Tensor | None = None) -> Features:
         """Unmasked features of one or both modalities.

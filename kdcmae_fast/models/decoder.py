@@ -8,14 +8,50 @@ import math
 import torch
 from torch import Tensor, nn
 
+from kdcmae_fast.batch import Batch
 from kdcmae_fast.config import ModelConfig
-from kdcmae_fast.kernels import assemble_decoder_input
+from kdcmae_fast.kernels import MaskPlan, assemble_decoder_input, masked_head_reconstruction_loss
 
 from .blocks import Block, run_block
+from .lean import operand_dtype
 from .masking import audio_grid, video_grid
 from .outputs import Plans
 from .positions import sincos_positions
 from .rows import Filler, kept_tokens, masked_tokens, take_tokens
+
+
+class ReconstructionHead(nn.Linear):
+    """Patches of one modality from decoder tokens, or what they are off by, without the patches.
+
+    The loss is computed here, in the weight's own module: an engine that shards parameters has
+    this one whole only then.
+    """
+
+    def __init__(self, dim: int, values: int, config: ModelConfig, *, normalised: bool) -> None:
+        """values: of a patch. normalised: uint8 pixels are normalised as `config` says."""
+        super().__init__(dim, values)
+        self.patch_size, self.norm_pix = config.patch_size, config.norm_pix_loss
+        self.pixel_mean = config.pixel_mean if normalised else None
+        self.pixel_std = config.pixel_std if normalised else None
+
+    def forward(
+        self, x: Tensor, pixels: Tensor | None = None, plan: MaskPlan | None = None
+    ) -> Tensor:
+        """(N, M, D') -> (N, M, P); with pixels and their plan the loss of each row, (N,)."""
+        if pixels is None or plan is None:
+            return super().forward(x)
+        return masked_head_reconstruction_loss(
+            x.to(operand_dtype(x, self.weight)),
+            self.weight.to(operand_dtype(x, self.weight)),
+            self.bias,
+            pixels,
+            plan,
+            patch_size=self.patch_size,
+            norm_pix=self.norm_pix,
+            reduction="none",
+            pixel_mean=self.pixel_mean,
+            pixel_std=self.pixel_std,
+        )
 
 
 class Decoder(nn.Module):
@@ -44,17 +80,23 @@ class Decoder(nn.Module):
             for _ in range(config.decoder_depth)
         )
         self.norm = nn.LayerNorm(dim)
-        self.audio_head = nn.Linear(dim, pixels)
-        self.video_head = nn.Linear(dim, 3 * pixels)
+        self.audio_head = ReconstructionHead(dim, pixels, config, normalised=False)
+        self.video_head = ReconstructionHead(dim, 3 * pixels, config, normalised=True)
         for parameter in (self.mask_token, self.audio_modality, self.video_modality):
             nn.init.normal_(parameter, std=0.02)
 
     def forward(
-        self, latent: Tensor, plans: Plans, masked_only: bool = True
+        self,
+        latent: Tensor,
+        plans: Plans,
+        masked_only: bool = True,
+        batch: Batch | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Joint latents (N, keep_audio + keep_video, D) -> audio and video predictions.
 
         masked_only: (N, L - keep, P) in `ids_masked` order, what the loss reads; else (N, L, P).
+        batch: whose rows are the plans' rows; returns the reconstruction loss of each row and
+            modality instead, (N,) and (N,), and never holds the predictions.
         """
         audio_plan, video_plan = plans["audio"], plans["video"]
         positions = self._positions()
@@ -79,7 +121,13 @@ class Decoder(nn.Module):
         if wanted is not None:
             x = take_tokens(x, wanted)
         x = self.norm(x)
-        return self.audio_head(x[:, :split]), self.video_head(x[:, split:])
+        audio, video = x[:, :split], x[:, split:]
+        if batch is None:
+            return self.audio_head(audio), self.video_head(video)
+        return (
+            self.audio_head(audio, batch.fbank, audio_plan),
+            self.video_head(video, batch.frames, video_plan),
+        )
 
     def _filler(self, positions: Tensor, plans: Plans) -> Filler:
         """The mask token at every place, and where the visible tokens are."""

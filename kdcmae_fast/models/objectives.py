@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from kdcmae_fast.batch import Batch
 from kdcmae_fast.config import DistillConfig, ModelConfig
-from kdcmae_fast.kernels import distillation_loss, info_nce, masked_reconstruction_loss
+from kdcmae_fast.kernels import distillation_loss, info_nce
 
-from .outputs import Latents, Losses, Plans, Terms
+from .outputs import Latents, Losses, Terms
 
 Contrast = Callable[[Tensor, Tensor], Tensor]  # pooled latents, 2 x (K*B, D) -> (K,)
 
@@ -22,32 +21,6 @@ Contrast = Callable[[Tensor, Tensor], Tensor]  # pooled latents, 2 x (K*B, D) ->
 def pool(tokens: Tensor) -> Tensor:
     """Mean over the tokens: (N, L, D) -> (N, D), summed and returned in fp32 or better."""
     return tokens.mean(dim=1, dtype=torch.promote_types(tokens.dtype, torch.float32))
-
-
-def reconstruction_losses(
-    config: ModelConfig, predictions: tuple[Tensor, Tensor], batch: Batch, plans: Plans
-) -> dict[str, Tensor]:
-    """Masked reconstruction error of each view: mae_audio and mae_video, (K,) each.
-
-    predictions: audio and video patches, all of them or the removed ones in `ids_masked` order.
-    batch: its rows are the plans' rows.
-    """
-    losses = {}
-    for name, pred, pixels in zip(
-        ("audio", "video"), predictions, (batch.fbank, batch.frames), strict=True
-    ):
-        rows = masked_reconstruction_loss(
-            pred,
-            pixels,
-            plans[name],
-            patch_size=config.patch_size,
-            norm_pix=config.norm_pix_loss,
-            reduction="none",
-            pixel_mean=config.pixel_mean if name == "video" else None,
-            pixel_std=config.pixel_std if name == "video" else None,
-        )
-        losses[f"mae_{name}"] = rows.view(config.num_views, -1).mean(dim=1)
-    return losses
 
 
 def contrastive_losses(
@@ -159,20 +132,19 @@ class Objective(nn.Module):
     def forward(
         self,
         latents: Latents,
-        predictions: tuple[Tensor, Tensor] | None,
-        batch: Batch,
-        plans: Plans,
+        errors: tuple[Tensor, Tensor] | None,
         group: ProcessGroup | None = None,
         contrast: Contrast | None = None,
     ) -> Losses:
-        """Latents, the decoder's predictions (None without a mae term), the pixels -> losses.
+        """Latents and the decoder's errors of each row (None without a mae term) -> losses.
 
         contrast: takes the place of InfoNCE over these clips.
         """
         config = self.config
         views: dict[str, Tensor] = {}
-        if predictions is not None:
-            views |= reconstruction_losses(config, predictions, batch, plans)
+        if errors is not None:
+            for name, rows in zip(("mae_audio", "mae_video"), errors, strict=True):
+                views[name] = rows.view(config.num_views, -1).mean(dim=1)
         pooled = {name: pool(x) for name, x in latents._asdict().items() if x is not None}
         if "contrastive" in self.terms:
             audio, video = pooled["audio"], pooled["video"]
