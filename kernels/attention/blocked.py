@@ -5,6 +5,7 @@ matrix products and exponentials over scores that fit into the cache. B batch, H
 S keys, d width.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -59,41 +60,36 @@ def _backward(
     dS = P * (s g v^T - s rowsum(g * out)). What is subtracted rides in the products, as one more
     column.
     """
-    pairs, queries, keys = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
-    wide, scale = compute_dtype(q), q.shape[-1] ** -0.5
+    (batch, heads, queries, width), keys = q.shape, k.shape[2]
+    wide, scale = compute_dtype(q), width**-0.5
     # bfloat16 probabilities meet bfloat16 values; float16 products would be emulated on most CPUs.
     low = q.dtype if q.dtype == torch.bfloat16 else wide
-
-    def rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-        return x.to(dtype).reshape(pairs, *x.shape[2:])
-
-    def beside(x: Tensor, column: Tensor) -> Tensor:
-        return torch.cat([rows(x, wide), column.to(wide).reshape(pairs, x.shape[2], 1)], dim=2)
-
-    scaled_grad = grad.to(wide) * scale
-    minus_delta = -(scaled_grad * out.to(wide)).sum(dim=-1)
-    ones = k.new_ones(pairs, keys)
-    queries_lse, keys_one = beside(q.to(wide) * scale, -lse), beside(k, ones)
-    grads_delta, values_one = beside(scaled_grad, minus_delta), beside(v, ones)
-    plain_q, plain_k, plain_grad = rows(q, low), rows(k, low), rows(grad, low)
-    dq, dk, dv = (torch.empty_like(rows(x, low)) for x in (q, k, v))
-    step = max(1, min(MAX_SCORES // max(1, queries * keys), pairs))
-    probabilities, scores, operand = (
-        torch.empty(step, queries, keys, dtype=dtype, device=q.device)
-        for dtype in (wide, wide, low)
-    )
-    for start in range(0, pairs, step):
-        block = slice(start, min(start + step, pairs))
-        count = block.stop - start
-        p = torch.bmm(queries_lse[block], keys_one[block].mT, out=probabilities[:count]).exp_()
-        low_p = p if low == wide else operand[:count].copy_(p)
-        torch.bmm(low_p.mT, plain_grad[block], out=dv[block])
-        ds = torch.bmm(grads_delta[block], values_one[block].mT, out=scores[:count]).mul_(p)
-        low_ds = ds if low == wide else operand[:count].copy_(ds)
-        torch.bmm(low_ds, plain_k[block], out=dq[block])
-        torch.bmm(low_ds.mT, plain_q[block], out=dk[block])
-    dq, dk, dv = (x.view(like.shape).to(q.dtype) for x, like in ((dq, q), (dk, k), (dv, v)))
-    return dq, dk, dv
+    dq, dk, dv = (torch.empty(x.shape, dtype=low) for x in (q, k, v))
+    step = max(1, min(MAX_SCORES // max(1, queries * keys), heads))
+    # Buffers for one block: operands with one more column, what is made of them, and in `low`.
+    q_lse, grad_delta = (torch.empty(step, queries, width + 1, dtype=wide) for _ in range(2))
+    k_one, v_one = (torch.ones(step, keys, width + 1, dtype=wide) for _ in range(2))
+    probabilities, scores = (torch.empty(step, queries, keys, dtype=wide) for _ in range(2))
+    rounded = torch.empty(step, queries, keys, dtype=low)
+    low_q, low_grad = (torch.empty(step, queries, width, dtype=low) for _ in range(2))
+    low_k = torch.empty(step, keys, width, dtype=low)
+    for sample, start in itertools.product(range(batch), range(0, heads, step)):
+        some = sample, slice(start, min(start + step, heads))
+        n = some[1].stop - start
+        q_lse[:n, :, :width].copy_(q[some]).mul_(scale)
+        q_lse[:n, :, width].copy_(lse[some]).neg_()
+        k_one[:n, :, :width].copy_(k[some])
+        v_one[:n, :, :width].copy_(v[some])
+        scaled = grad_delta[:n, :, :width].copy_(grad[some]).mul_(scale)
+        grad_delta[:n, :, width].copy_((scaled * out[some]).sum(dim=-1)).neg_()
+        p = torch.bmm(q_lse[:n], k_one[:n].mT, out=probabilities[:n]).exp_()
+        low_p = p if low == wide else rounded[:n].copy_(p)
+        torch.bmm(low_p.mT, low_grad[:n].copy_(grad[some]), out=dv[some])
+        ds = torch.bmm(grad_delta[:n], v_one[:n].mT, out=scores[:n]).mul_(p)
+        low_ds = ds if low == wide else rounded[:n].copy_(ds)
+        torch.bmm(low_ds, low_k[:n].copy_(k[some]), out=dq[some])
+        torch.bmm(low_ds.mT, low_q[:n].copy_(q[some]), out=dk[some])
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
 def _empty_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

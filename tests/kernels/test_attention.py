@@ -208,10 +208,10 @@ def test_opcheck_of_the_blocked_passes(dtype):
 
 
 def test_blocks_of_every_size_agree(monkeypatch):
-    q, k, v = dense(3, 2, 5, 8, keys=7)
+    q, k, v = dense(2, 3, 5, 8, keys=7)
     upstream = torch.randn_like(q)
     want = torch.autograd.grad(attention(q, k, v, impl="torch"), (q, k, v), upstream)
-    for most in (1, 35, 4 * 35, 100 * 35):  # 1, 1, 4 and all 6 (sample, head) pairs at a time
+    for most in (1, 35, 2 * 35, 100 * 35):  # 1, 1, 2 and all 3 heads at a time
         monkeypatch.setattr(blocked, "MAX_SCORES", most)
         grads = torch.autograd.grad(attention(q, k, v, impl="blocked"), (q, k, v), upstream)
         for grad, other in zip(grads, want, strict=True):
