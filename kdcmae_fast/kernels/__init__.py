@@ -14,6 +14,8 @@ from .common import backends
 from .contrastive import diagonal_maps, info_nce, max_pooled_info_nce
 from .distillation import distillation_loss
 from .ema import ema_update_
+from .contrastive import info_nce
+from .distillation import dino_loss, distillation_loss, pooled_layer_norm, update_center
 from .masking import MaskPlan, complementary_masks
 from .mlp import mlp
 from .normalization import add_layer_norm
@@ -29,6 +31,7 @@ __all__ = [
     "backends",
     "complementary_masks",
     "diagonal_maps",
+    "dino_loss",
     "distillation_loss",
     "ema_update_",
     "embed_visible_patches",
@@ -41,4 +44,6 @@ __all__ = [
     "mlp",
     "mmd_loss",
     "retrieval_ranks",
+    "pooled_layer_norm",
+    "update_center",
 ]

@@ -1,6 +1,6 @@
 """What every op family shares: the choice of implementation and argument checks."""
 
-from .checks import check_dtype, check_mask_plan, check_ndim, check_shape
+from .checks import check_dtype, check_mask_plan, check_ndim, check_number, check_shape
 from .dispatch import (
     Backend,
     assume_constant_result,
@@ -20,6 +20,7 @@ __all__ = [
     "check_dtype",
     "check_mask_plan",
     "check_ndim",
+    "check_number",
     "check_shape",
     "compute_dtype",
     "implementations",

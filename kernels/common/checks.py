@@ -1,5 +1,6 @@
 """Argument checks of the public ops: a ValueError that names the argument and its value."""
 
+import numbers
 from typing import Any
 
 import torch
@@ -26,6 +27,12 @@ def check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> N
     if tensor.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name} must be one of {names}, got {tensor.dtype}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise unless `value` is a number, also one that torch.compile traces."""
+    if not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
+        raise ValueError(f"{name} must be a number, got {value!r}")
 
 
 def check_mask_plan(name: str, plan: Any, batch: int, tokens: int) -> None:

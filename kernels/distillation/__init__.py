@@ -1,5 +1,7 @@
-"""Distillation between two views: KL and Jensen-Shannon divergences of row distributions."""
+"""Distillation: row divergences between views, the DINO loss, and the pooling before them."""
 
+from .dino import dino_loss, update_center
 from .op import distillation_loss
+from .pooled import pooled_layer_norm
 
-__all__ = ["distillation_loss"]
+__all__ = ["dino_loss", "distillation_loss", "pooled_layer_norm", "update_center"]

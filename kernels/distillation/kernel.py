@@ -151,7 +151,9 @@ def distillation_bwd_kernel(
     tl.store(grad_q_ptr + row * D + column, by_q.to(grad_q_ptr.dtype.element_ty), mask=column < D)
 
 
-def rows(p: Tensor, q: Tensor, divergence: str, distribution: str, temperature: float) -> Tensor:
+def distillation_rows(
+    p: Tensor, q: Tensor, divergence: str, distribution: str, temperature: float
+) -> Tensor:
     """p, q (B, D) -> (B,) divergences in the dtype of the computation."""
     p, q = _rowwise(p), _rowwise(q)
     dtype = compute_dtype(p, q)
@@ -167,7 +169,7 @@ def rows(p: Tensor, q: Tensor, divergence: str, distribution: str, temperature: 
     return loss
 
 
-def rows_grad(
+def distillation_rows_grad(
     grad: Tensor, p: Tensor, q: Tensor, divergence: str, distribution: str, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """grad (B,), p, q (B, D) -> gradients by p and q in their dtypes."""

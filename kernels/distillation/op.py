@@ -7,10 +7,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..common import check_dtype, check_ndim, check_shape, compute_dtype, register_op, resolve
+from ..common import (
+    check_dtype,
+    check_ndim,
+    check_number,
+    check_shape,
+    compute_dtype,
+    register_op,
+    resolve,
+)
+from .library import FLOATS, define_fused
 from .reference import divergence_rows
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DIVERGENCES = ("kl", "kl_12", "js")
 DISTRIBUTIONS = ("softmax", "shift", "batch_shift")
 MAX_TRITON_WIDTH = 8192  # a program holds a row of both views in registers
@@ -120,6 +128,7 @@ def _check(
         raise ValueError(f"divergence={divergence!r} is not one of {', '.join(DIVERGENCES)}")
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution={distribution!r} is not one of {', '.join(DISTRIBUTIONS)}")
+    check_number("temperature", temperature)
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if distribution != "softmax" and temperature != 1.0:
@@ -147,28 +156,6 @@ def _rows_grad_fake(
     return p.new_empty(p.shape), q.new_empty(q.shape)
 
 
-def _rows_triton(*args: Any) -> Tensor:
-    from .kernel import rows
-
-    return rows(*args)
-
-
-def _rows_grad_triton(*args: Any) -> tuple[Tensor, Tensor]:
-    from .kernel import rows_grad
-
-    return rows_grad(*args)
-
-
-def _register(name: str, schema: str, triton_impl: Any, fake: Any) -> dict[str, Any]:
-    """Define one op per fused implementation (csrc/cpu/distillation.cpp fills in `_cpp`)."""
-    for suffix in ("cpp", "triton"):
-        torch.library.define(f"kdcmae_fast::{name}_{suffix}", schema)
-        torch.library.register_fake(f"kdcmae_fast::{name}_{suffix}", fake)
-    torch.library.impl(f"kdcmae_fast::{name}_triton", ("cuda", "cpu"), triton_impl)
-    namespace = torch.ops.kdcmae_fast
-    return {impl: getattr(namespace, f"{name}_{impl}").default for impl in ("cpp", "triton")}
-
-
 _OPTIONS = "str divergence, str distribution, float temperature"
 
 torch.library.define(
@@ -176,12 +163,13 @@ torch.library.define(
 )
 torch.library.impl("kdcmae_fast::distillation_loss", "CompositeImplicitAutograd", _rows)
 
-_FORWARD = _register(
-    "distillation_rows", f"(Tensor p, Tensor q, {_OPTIONS}) -> Tensor", _rows_triton, _rows_fake
+_KERNELS = f"{__package__}.kernel"
+_FORWARD = define_fused(
+    "distillation_rows", f"(Tensor p, Tensor q, {_OPTIONS}) -> Tensor", _rows_fake, _KERNELS
 )
-_BACKWARD = _register(
+_BACKWARD = define_fused(
     "distillation_rows_grad",
     f"(Tensor grad, Tensor p, Tensor q, {_OPTIONS}) -> (Tensor, Tensor)",
-    _rows_grad_triton,
     _rows_grad_fake,
+    _KERNELS,
 )

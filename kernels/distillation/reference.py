@@ -1,9 +1,10 @@
-"""Row divergences between two sets of features, in plain differentiable PyTorch.
+"""Row divergences, the DINO loss and pooled LayerNorm, in plain differentiable PyTorch.
 
-Inputs are (B, D) in float32 or float64; results are (B,). The README has the formulas.
+Inputs are in float32 or float64. The README has the formulas.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-12  # inside the logarithms of distributions that may hold zeros, as released
@@ -53,7 +54,7 @@ def softmax_kl(p: Tensor, q: Tensor, temperature: float, symmetric: bool) -> Ten
 def divergence_rows(
     p: Tensor, q: Tensor, divergence: str, distribution: str, temperature: float
 ) -> Tensor:
-    """Divergence of each row: "kl" (symmetrised), "kl_12" (KL(p || q)) or "js"."""
+    """(B, D) -> (B,), divergence of each row: "kl" (symmetrised), "kl_12" (KL(p || q)), "js"."""
     if distribution == "softmax" and divergence != "js":
         return softmax_kl(p, q, temperature, symmetric=divergence == "kl")
     p = probabilities(p, distribution, temperature)
@@ -63,3 +64,35 @@ def divergence_rows(
     if divergence == "kl_12":
         return kl_with_eps(p, q)
     return (kl_with_eps(p, q) + kl_with_eps(q, p)) / 2
+
+
+def pair_count(teachers: int, students: int, exclude_matched: bool) -> int:
+    """Number of teacher x student crop pairs that count."""
+    return teachers * students - (min(teachers, students) if exclude_matched else 0)
+
+
+def dino_rows(
+    teacher: Tensor,
+    student: Tensor,
+    center: Tensor,
+    teacher_temperature: float,
+    student_temperature: float,
+    exclude_matched: bool,
+) -> Tensor:
+    """teacher (T, B, D), student (S, B, D), center (D,) -> (B,), mean over the crop pairs.
+
+    The sum over all pairs of sum_k q_t log p_s is one product of sums; the pairs of equal index
+    are taken out of it again.
+    """
+    q = ((teacher.detach() - center.detach()) / teacher_temperature).softmax(dim=2)
+    log_p = (student / student_temperature).log_softmax(dim=2)
+    total = (q.sum(dim=0) * log_p.sum(dim=0)).sum(dim=1)
+    if exclude_matched:
+        matched = min(len(q), len(log_p))
+        total = total - (q[:matched] * log_p[:matched]).sum(dim=(0, 2))
+    return -total / pair_count(len(q), len(log_p), exclude_matched)
+
+
+def layer_norm_mean(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x (B, L, D) -> (B, D): LayerNorm of each token, then the mean over the tokens."""
+    return F.layer_norm(x, x.shape[2:], weight, bias, eps).mean(dim=1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import check_dtype, check_ndim, check_shape, register_op, resolve
+from ..common import check_dtype, check_ndim, check_number, check_shape, register_op, resolve
 from . import reference
 from .plan import MaskPlan, len_keep
 from .reference import MAX_TOKENS, MODES, Draw
@@ -100,6 +100,7 @@ def _check_grid(grid: Sequence[int], mode: str) -> tuple[tuple[int, ...], int]:
 
 
 def _check_views(num_tokens: int, mask_ratio: float, num_views: int) -> int:
+    check_number("mask_ratio", mask_ratio)
     if not 0.0 <= mask_ratio <= 1.0:
         raise ValueError(f"mask_ratio={mask_ratio} is not in 0..1")
     _check_int("num_views", num_views)

@@ -12,7 +12,8 @@ Three orders of the P values of a patch:
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,11 +59,13 @@ def patch_layout(pixels: Tensor, patch_size: PatchSize) -> PatchLayout:
     check_ndim("pixels", pixels, tuple(_LAYOUTS), " or ".join(_LAYOUTS.values()))
     audio = pixels.dim() == 3
     sides = tuple(pixels.shape[1:][::-1] if audio else pixels.shape[2:])
-    patch = (patch_size,) * len(sides) if isinstance(patch_size, int) else tuple(patch_size)
+    patch: tuple[Any, ...] = (patch_size,) * len(sides)
+    if isinstance(patch_size, Sequence):
+        patch = tuple(patch_size)
     axes = {3: "(F, T)", 4: "(H, W)", 5: "(T, H, W)"}[pixels.dim()]
-    if len(patch) != len(sides) or min(patch) < 1:
+    if len(patch) != len(sides) or not all(isinstance(p, Integral) and int(p) > 0 for p in patch):
         raise ValueError(
-            f"patch_size must be a positive int or one per axis of {axes}, got {patch_size}"
+            f"patch_size must be a positive int or one per axis of {axes}, got {patch_size!r}"
         )
     if any(side % extent for side, extent in zip(sides, patch, strict=True)):
         raise ValueError(

@@ -295,6 +295,7 @@ P = torch.zeros(4, 3)
         ((P[:, :0], P[:, :0]), {}, r"p has no features: shape \(4, 0\)"),
         ((P, P), {"divergence": "mse"}, "divergence='mse' is not one of kl, kl_12, js"),
         ((P, P), {"distribution": "l1"}, "distribution='l1' is not one of softmax"),
+        ((P, P), {"temperature": "1"}, "temperature must be a number, got '1'"),
         ((P, P), {"temperature": -1.0}, "temperature must be positive and finite, got -1.0"),
         (
             (P, P),

@@ -80,6 +80,7 @@ IDS = torch.arange(2)
     "options, message",
     [
         ({"mask_ratio": 0.6}, "num_views=3 disjoint views of 78 visible tokens .* 196 tokens"),
+        ({"mask_ratio": "3/4"}, "mask_ratio must be a number, got '3/4'"),
         ({"mask_ratio": 1.1}, r"mask_ratio=1.1 is not in 0\.\.1"),
         ({"mask_ratio": 0.999}, "mask_ratio=0.999 keeps none of 196 tokens"),
         ({"num_views": 0}, "num_views=0 is not at least 1"),

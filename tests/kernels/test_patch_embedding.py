@@ -92,6 +92,8 @@ class TestPatches:
                 r"patch_size must .* axis of \(T, H, W\), got \(16, 16\)",
             ),
             ((2, 3, 32, 32), 0, "patch_size must be a positive int .* got 0"),
+            ((2, 3, 32, 32), "ab", "patch_size must be a positive int .* got 'ab'"),
+            ((2, 3, 32, 32), 16.0, r"patch_size must be a positive int .* got 16\.0"),
             ((2, 32), 16, r"pixels must be \(B, T, F\) or .* got shape \(2, 32\)"),
         ],
     )

@@ -13,9 +13,9 @@ def rows(divergence: str, distribution: str, width: int, dtype: torch.dtype):
         from kdcmae_fast.kernels.distillation import kernel
 
         p = torch.empty(64, width, dtype=dtype, device="meta")
-        kernel.rows(p, p, divergence, distribution, 1.0)
+        kernel.distillation_rows(p, p, divergence, distribution, 1.0)
         grad = torch.empty(64, device="meta")
-        kernel.rows_grad(grad, p, p, divergence, distribution, 1.0)
+        kernel.distillation_rows_grad(grad, p, p, divergence, distribution, 1.0)
 
     return launch
 
