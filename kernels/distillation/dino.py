@@ -98,16 +98,23 @@ def update_center(
     resolve("update_center", impl, teacher.device.type)
     rows = teacher.detach().flatten(0, -2)
     dtype = compute_dtype(center, teacher)
-    # The count travels with the sums: one message.
-    sums = rows.new_empty(center.numel() + 1, dtype=dtype)
-    sums[:-1] = rows.sum(dim=0, dtype=dtype)
-    sums[-1] = rows.shape[0]
-    if group is not None:
-        dist.all_reduce(sums, group=group)
     old = center.detach().to(dtype)
-    mean = (sums[:-1] / sums[-1].clamp_min(1)).view(center.shape)
-    new = torch.where(sums[-1] > 0, momentum * old + (1 - momentum) * mean, old)
-    return new.to(center.dtype)
+    if group is not None:
+        mean = _mean_over_processes(rows, old.flatten(), group)
+    elif rows.shape[0] == 0:
+        return center.detach().clone()
+    else:
+        mean = rows.mean(dim=0, dtype=dtype)
+    return torch.lerp(mean.view(old.shape), old, momentum).to(center.dtype)
+
+
+def _mean_over_processes(rows: Tensor, fallback: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Mean of the rows of all processes, whose numbers travel with the sums: one message."""
+    sums = fallback.new_empty(fallback.shape[0] + 1)
+    sums[:-1] = rows.sum(dim=0, dtype=sums.dtype)
+    sums[-1] = rows.shape[0]
+    dist.all_reduce(sums, group=group)
+    return torch.where(sums[-1] > 0, sums[:-1] / sums[-1], fallback)
 
 
 def _check_center(center: Tensor, name: str, logits: Tensor) -> None:

@@ -25,6 +25,12 @@ def _logits(z_ptr, place, columns, D: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _wide(crop):
+    """A crop's number as int64. Not the stride: Triton makes a constant of 1, which has no `.to`."""
+    return tl.full((), crop, tl.int64)
+
+
+@triton.jit
 def dino_statistics_kernel(
     z_ptr, center_ptr, top_ptr, total_ptr, stride_crop, stride_b, batch, scale: tl.float64,
     D: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, CENTRED: tl.constexpr,
@@ -62,7 +68,7 @@ def _targets(
     each = ()  # type: tuple
     summed = tl.zeros_like(center)
     for t in tl.static_range(TEACHERS):
-        z = _logits(teacher_ptr, t * stride_tc.to(tl.int64) + b * stride_tb, columns, D, WIDE)
+        z = _logits(teacher_ptr, _wide(t) * stride_tc + b * stride_tb, columns, D, WIDE)
         top = tl.load(top_ptr + t * batch + b)
         total = tl.load(total_ptr + t * batch + b)
         q = tl.where(columns < D, tl.exp((z - center) * factor - top) / total, 0.0)
@@ -88,12 +94,12 @@ def dino_fwd_kernel(
     factor = tl.full((1,), student_scale, dtype)
     terms = tl.zeros_like(summed)
     for s in tl.static_range(MATCHED):
-        z = _logits(student_ptr, s * stride_sc.to(tl.int64) + b * stride_sb, columns, D, WIDE)
+        z = _logits(student_ptr, _wide(s) * stride_sc + b * stride_sb, columns, D, WIDE)
         row = (TEACHERS + s) * batch + b
         log_p = z * factor - tl.load(top_ptr + row) - tl.log(tl.load(total_ptr + row))
         terms += (summed - each[s]) * log_p
     for s in range(MATCHED, STUDENTS):
-        z = _logits(student_ptr, s * stride_sc.to(tl.int64) + b * stride_sb, columns, D, WIDE)
+        z = _logits(student_ptr, _wide(s) * stride_sc + b * stride_sb, columns, D, WIDE)
         row = (TEACHERS + s) * batch + b
         log_p = z * factor - tl.load(top_ptr + row) - tl.log(tl.load(total_ptr + row))
         terms += summed * log_p
@@ -106,11 +112,11 @@ def _student_grad(
     stride_sb, batch, factor, weight, D: tl.constexpr, WIDE: tl.constexpr, TEACHERS: tl.constexpr,
 ):  # fmt: skip
     """Writes weight * (count * p - targets) of one student crop's block."""
-    z = _logits(student_ptr, s * stride_sc.to(tl.int64) + b * stride_sb, columns, D, WIDE)
+    z = _logits(student_ptr, _wide(s) * stride_sc + b * stride_sb, columns, D, WIDE)
     row = (TEACHERS + s) * batch + b
     p = tl.exp(z * factor - tl.load(top_ptr + row)) / tl.load(total_ptr + row)
     grad = weight * (count * p - targets)
-    place = (s * batch.to(tl.int64) + b) * D + columns
+    place = (_wide(s) * batch + b) * D + columns
     tl.store(grad_student_ptr + place, grad.to(grad_student_ptr.dtype.element_ty),
              mask=columns < D)  # fmt: skip
 
@@ -174,7 +180,8 @@ def dino_rows(
             parts, 1 / teacher_temperature, 1 / student_temperature,
             **_constants(teacher, student, dtype, exclude_matched),
         )  # fmt: skip
-    return partial.sum(dim=1) / pair_count(teachers, students, exclude_matched), statistics
+    total = partial.sum(dim=1, dtype=torch.float64)
+    return (total / pair_count(teachers, students, exclude_matched)).to(dtype), statistics
 
 
 def dino_rows_grad(

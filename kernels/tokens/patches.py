@@ -63,7 +63,8 @@ def patch_layout(pixels: Tensor, patch_size: PatchSize) -> PatchLayout:
     if isinstance(patch_size, Sequence):
         patch = tuple(patch_size)
     axes = {3: "(F, T)", 4: "(H, W)", 5: "(T, H, W)"}[pixels.dim()]
-    if len(patch) != len(sides) or not all(isinstance(p, Integral) and int(p) > 0 for p in patch):
+    whole = all(isinstance(extent, (Integral, torch.SymInt)) for extent in patch)
+    if len(patch) != len(sides) or not whole or min(patch) < 1:
         raise ValueError(
             f"patch_size must be a positive int or one per axis of {axes}, got {patch_size!r}"
         )

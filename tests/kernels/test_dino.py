@@ -332,17 +332,16 @@ def test_errors_of_the_centre(operands, options, message):
 
 
 @pytest.mark.large
-def test_past_int32():
-    """2.2e9 student logits in half precision, forward only: offsets that wrap show at the end.
-
-    The C++ form converts them, 9 GB more: the last crop alone is compared.
-    """
+def test_past_int32(impl):
+    """2.2e9 student logits, forward: offsets that wrap show in the last crop; 9 GB."""
+    if impl == "torch":
+        pytest.skip("its temporaries are as large again")
     width, crops = 2**16, 33000
-    student = torch.zeros(1, width, dtype=torch.float16).repeat(crops, 1)[:, None]
+    student = torch.zeros(crops, 1, width)
     assert student.numel() > 2**31
     student[-1] = torch.randn(width)
-    teacher, center = torch.randn(1, width), torch.zeros(width)
-    ops, options = torch.ops.kdcmae_fast, (0.07, 0.1, False)
-    _, statistics = ops.dino_rows_cpp(teacher[None], student, center, *options)
-    _, alone = ops.dino_rows_cpp(teacher[None], student[-1:], center, *options)
+    teacher, center = torch.randn(1, 1, width), torch.zeros(width)
+    forward, options = torch.ops.kdcmae_fast.dino_rows_cpp, (0.07, 0.1, False)
+    _, statistics = forward(teacher, student, center, *options)
+    _, alone = forward(teacher, student[-1:], center, *options)
     assert torch.equal(statistics[:, -1], alone[:, -1])

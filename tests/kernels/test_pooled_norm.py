@@ -241,8 +241,10 @@ def test_errors_name_the_argument(arguments, options, message):
 
 
 @pytest.mark.large
-def test_past_int32():
+def test_past_int32(impl):
     """2.2e9 values in half precision, forward and backward: 9 GB."""
+    if impl == "torch":
+        pytest.skip("its temporaries are as large again")
     batch, length, width = 5600, 512, 768
     x = torch.zeros(batch, length, width, dtype=torch.float16)
     assert x.numel() > 2**31

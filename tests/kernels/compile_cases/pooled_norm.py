@@ -6,7 +6,8 @@ WIDE_LOADS = {
     "pooled_tokens_fwd_kernel": {"registers": 160, "contains": ["LDG.E.128"]},
     "pooled_tokens_bwd_kernel": {"registers": 160, "contains": ["LDG.E.128", "STG.E.128"]},
 }
-MASKED = {name: {"registers": 255} for name in WIDE_LOADS}
+DOUBLE = {name: {**expected, "registers": 200} for name, expected in WIDE_LOADS.items()}
+MASKED = {name: {"registers": 160} for name in WIDE_LOADS}
 
 
 def pool(length: int, width: int, dtype: torch.dtype):
@@ -27,5 +28,7 @@ CASES = {
     "pooled-96": (pool(128, 96, torch.float32), WIDE_LOADS),
     "pooled-8192": (pool(16, 8192, torch.float32), WIDE_LOADS),
     "pooled-16384": (pool(4, 16384, torch.bfloat16), WIDE_LOADS),
+    "pooled-one-token": (pool(1, 768, torch.float32), WIDE_LOADS),
+    "pooled-float64": (pool(70, 192, torch.float64), DOUBLE),
     "pooled-1023": (pool(49, 1023, torch.float32), MASKED),
 }
