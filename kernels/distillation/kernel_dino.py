@@ -26,7 +26,7 @@ def _logits(z_ptr, place, columns, D: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _wide(crop):
-    """A crop's number as int64. Not the stride: Triton makes a constant of 1, which has no `.to`."""
+    """A crop's number as int64; a stride of 1 is a constant to Triton and has no `.to`."""
     return tl.full((), crop, tl.int64)
 
 
