@@ -12,10 +12,8 @@ from .alignment import mmd_loss
 from .attention import attention
 from .common import backends
 from .contrastive import diagonal_maps, info_nce, max_pooled_info_nce
-from .distillation import distillation_loss
-from .ema import ema_update_
-from .contrastive import info_nce
 from .distillation import dino_loss, distillation_loss, pooled_layer_norm, update_center
+from .ema import ema_update_
 from .masking import MaskPlan, complementary_masks
 from .mlp import mlp
 from .normalization import add_layer_norm
@@ -43,7 +41,7 @@ __all__ = [
     "max_pooled_info_nce",
     "mlp",
     "mmd_loss",
-    "retrieval_ranks",
     "pooled_layer_norm",
+    "retrieval_ranks",
     "update_center",
 ]

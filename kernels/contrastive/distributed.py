@@ -11,6 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# Its name since torch 2.13, which warns about the older one.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Ranks(NamedTuple):
     """A process group as this process sees it; `group` is None for a single process."""
@@ -62,7 +65,7 @@ def scatter_sum(x: Tensor, ranks: Ranks) -> Tensor:
     if ranks.group is None:
         return x
     own = x.new_empty((x.shape[0] // ranks.size, *x.shape[1:]))
-    dist.reduce_scatter_tensor(own, x.contiguous(), group=ranks.group)
+    _reduce_scatter(own, x.contiguous(), group=ranks.group)
     return own
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common import check_dtype, check_ndim, resolve
+from ..common import check_dtype, check_ndim, check_number, resolve
 from . import fused, reference
 from .distributed import GlobalMean, Ranks, gather, merge_columns
 
@@ -61,8 +61,10 @@ def check_options(
         check_dtype("temperature", temperature, FLOATS)
         if temperature.device != device:
             raise ValueError(f"temperature is on {temperature.device}, {name} on {device}")
-    elif not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    else:
+        check_number("temperature", temperature)
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
 

@@ -361,6 +361,7 @@ A = torch.zeros(4, 3)
         ((A.long(), A), {}, "a must be one of float64, .* got torch.int64"),
         ((A, A.long()), {}, "b must be one of"),
         ((A, A.to("meta")), {}, "b is on meta, a on cpu"),
+        ((A, A), {"temperature": "0.1"}, r"temperature must be a number, got .0\.1."),
         ((A, A), {"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         ((A, A), {"temperature": math.inf}, "temperature must be positive and finite, got inf"),
         ((A, A), {"temperature": torch.ones(1)}, r"temperature must be .* got shape \(1,\)"),
