@@ -194,6 +194,18 @@ def _say_bad(metrics: dict[str, Any]) -> None:
         print(f"left out {len(bad) - 10} more (all are in metrics.json)", file=sys.stderr)
 
 
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    from kdcmae_fast.data.prepare.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from kdcmae_fast.data.prepare.command import run
+
+    run(options)
+
+
 def _add_backends(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="kind of tensors (default: CUDA where it is)"
@@ -339,6 +351,7 @@ COMMANDS = {
         _pretrain_parses_itself,
         _pretrain_parses_itself,
     ),
+    "prepare": Command("make a dataset of videos", _add_prepare, _prepare),
     "retrieve": Command("cross-modal retrieval, both ways", _add_retrieve, _retrieve),
     "reconstruct": Command(
         "pictures of masked and reconstructed clips", _add_reconstruct, _reconstruct

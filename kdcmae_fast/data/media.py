@@ -19,7 +19,15 @@ MISSING_SECONDS = 0.5  # a stream that ends this much before its stated end is t
 
 
 class MediaError(Exception):
-    """A file that cannot be used; the message is one line without the clip's name."""
+    """A file that cannot be used; the message is one line without the clip's name.
+
+    code: the kind of trouble, for counts: damaged, missing, empty_file, too_short, silent,
+    no_audio_stream, no_video_stream or bad_time_range.
+    """
+
+    def __init__(self, message: str, code: str = "damaged") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -88,11 +96,11 @@ def require_file(path: str) -> None:
     try:
         size = os.stat(path).st_size
     except OSError as error:
-        raise MediaError(f"{path}: {error.strerror}") from error
+        raise MediaError(f"{path}: {error.strerror}", "missing") from error
     if not os.path.isfile(path):
-        raise MediaError(f"{path}: not a file")
+        raise MediaError(f"{path}: not a file", "missing")
     if size == 0:
-        raise MediaError(f"{path}: empty file (0 bytes)")
+        raise MediaError(f"{path}: empty file (0 bytes)", "empty_file")
 
 
 def read_sound(
@@ -143,11 +151,12 @@ def finish_waveform(samples: NDArray[np.float32], rate: int, options: MediaOptio
     """(channels, n) at `rate` Hz -> (N,) at 16 kHz; MediaError for what is no sound."""
     mono = samples[0] if options.channel == "first" else samples.mean(0)
     if len(mono) < MIN_SECONDS * rate:
-        raise MediaError(f"sound is {len(mono) / rate:.2f} s long, less than {MIN_SECONDS} s")
+        found = f"{len(mono) / rate:.2f} s"
+        raise MediaError(f"sound is {found} long, less than {MIN_SECONDS} s", "too_short")
     if not np.isfinite(mono).all():
         raise MediaError("sound has values that are not numbers")
     if options.reject_silence and np.abs(mono - mono.mean()).max() <= SILENCE_PEAK:
-        raise MediaError("digital silence")
+        raise MediaError("digital silence", "silent")
     waveform = torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))
     return resample(waveform, rate, SAMPLE_RATE)
 

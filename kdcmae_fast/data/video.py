@@ -35,13 +35,12 @@ def read_video(path: str, options: MediaOptions, rng: np.random.Generator) -> tu
 
     require_file(path)
     try:
-        # Only local files: a playlist in disguise must not reach the network.
-        with av.open(path, options={"protocol_whitelist": "file"}, metadata_errors="ignore") as f:
-            sound, picture = _streams(f)
+        with open_video(path) as f:
+            sound, picture = media_streams(f)
             origin = (f.start_time or 0) / MICROSECONDS
-            window = choose_window(_duration(f, sound, picture), options.seconds, rng)
+            window = choose_window(common_seconds(f, sound, picture), options.seconds, rng)
             share = (int(rng.integers(options.num_frames)) + 0.5) / options.num_frames
-            samples = _read_sound(f, sound, window, origin)
+            samples = decode_window(f, sound, window, origin)
             waveform = finish_waveform(samples, sound.codec_context.sample_rate, options)
             heard = min(window.seconds, samples.shape[1] / sound.codec_context.sample_rate)
             pixels = _read_frame(f, picture, window.start + share * heard, origin)
@@ -51,7 +50,15 @@ def read_video(path: str, options: MediaOptions, rng: np.random.Generator) -> tu
     return waveform, fit_picture(pixels, options.img_size)
 
 
-def _streams(container: Any) -> tuple[Any, Any]:
+def open_video(path: str) -> Any:
+    """The container, for a `with` block; av.FFmpegError when it is none."""
+    import av
+
+    # Only local files: a playlist in disguise must not reach the network.
+    return av.open(path, options={"protocol_whitelist": "file"}, metadata_errors="ignore")
+
+
+def media_streams(container: Any) -> tuple[Any, Any]:
     """The first audio stream and the first video stream that is no cover picture."""
     from av.stream import Disposition
 
@@ -59,7 +66,7 @@ def _streams(container: Any) -> tuple[Any, Any]:
     pictures = [v for v in container.streams.video if not v.disposition & Disposition.attached_pic]
     for kind, streams in (("audio", sounds), ("video", pictures)):
         if not streams:
-            raise MediaError(f"no {kind} stream")
+            raise MediaError(f"no {kind} stream", f"no_{kind}_stream")
         if streams[0].codec_context is None:
             raise MediaError(f"no decoder for the {kind} stream")
         # Loader processes already use the cores; more threads each would fight for them.
@@ -67,15 +74,15 @@ def _streams(container: Any) -> tuple[Any, Any]:
     return sounds[0], pictures[0]
 
 
-def _duration(container: Any, *streams: Any) -> float | None:
+def common_seconds(container: Any, *streams: Any) -> float | None:
     """Seconds that all streams have, as far as the file says; None if it does not."""
-    stated = [seconds for seconds in map(_stated_seconds, streams) if seconds]
+    stated = [seconds for seconds in map(stated_seconds, streams) if seconds]
     if not stated and container.duration:
         stated = [container.duration / MICROSECONDS]
     return min(stated, default=None)
 
 
-def _stated_seconds(stream: Any) -> float | None:
+def stated_seconds(stream: Any) -> float | None:
     """How long a stream is by its own header, or by the tag that Matroska has instead."""
     if stream.duration:
         return stream.duration * float(stream.time_base)
@@ -86,7 +93,9 @@ def _stated_seconds(stream: Any) -> float | None:
     return 3600 * hours + 60 * minutes + seconds
 
 
-def _read_sound(container: Any, stream: Any, window: Window, origin: float) -> NDArray[np.float32]:
+def decode_window(
+    container: Any, stream: Any, window: Window, origin: float
+) -> NDArray[np.float32]:
     """(channels, n) float32 at the stream's rate: the window, shorter where the file ends.
 
     Samples are placed by their time stamps, so sound that starts late or has gaps keeps its place.
@@ -112,8 +121,9 @@ def _read_sound(container: Any, stream: Any, window: Window, origin: float) -> N
         if end >= wanted:
             break
     if samples is None or heard < MIN_SECONDS * rate:
-        raise MediaError(f"sound is {heard / rate:.2f} s long, less than {MIN_SECONDS} s")
-    if stated := _stated_seconds(stream):
+        found = f"{heard / rate:.2f} s"
+        raise MediaError(f"sound is {found} long, less than {MIN_SECONDS} s", "too_short")
+    if stated := stated_seconds(stream):
         require_length(heard / rate, min(window.seconds, stated - window.start), "sound")
     return samples[:, :heard]
 
