@@ -10,7 +10,7 @@ import pytest
 VIDEO_FPS = 10
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_video() -> Callable[..., Path]:
     """Writes a video: frame i is a grey of level 20 i, its left half at most 40 darker; a tone."""
 

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--order", choices=("shuffled", "given"), help="of the clips (default: shuffled by id)")
     add("--media-root", metavar="DIR", help="where paths and ids of lists are found")
     add("--label-csv", metavar="CSV", help="index,mid,display_name (default: as found)")
-    add("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    add("--workers", type=_positive, metavar="N", help="processes (default: one a core)")
     add("--shard", default="0/1", metavar="I/N", help="share I, from 0, of N runs; or slurm")
     add("--timeout", type=float, default=300, metavar="S", help="for one input; 0 for any time")
 
@@ -62,10 +62,8 @@ def run(options: argparse.Namespace) -> None:
     """Prepare, and say what became of it."""
     from kdcmae_fast.data.prepare import make_settings, prepare
 
-    if (options.workers or 1) < 1 or options.timeout < 0:
-        raise ValueError(
-            f"--workers {options.workers} must be at least 1, --timeout {options.timeout:g} at least 0"
-        )
+    if options.timeout < 0:
+        raise ValueError(f"--timeout {options.timeout:g} must be at least 0")
     settings = make_settings(options.preset, **{name: getattr(options, name) for name in SETTINGS})
     outcome = prepare(
         options.sources,
@@ -115,6 +113,12 @@ def parse_share(text: str, environment: Mapping[str, str]) -> tuple[int, int]:
     if not 0 <= index < count:
         raise ValueError(f"--shard {text}: share {index} of {count}; shares count from 0")
     return index, count
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _progress_bar(total: int) -> Callable[[int, int], None] | None:

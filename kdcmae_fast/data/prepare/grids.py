@@ -5,7 +5,7 @@ import re
 import numpy as np
 from numpy.typing import NDArray
 
-ROUNDING = 1e-4  # seconds; times are sums of fractions
+ROUNDING = 1e-5  # seconds; times are fractions in float
 
 
 def parse_grid(text: str) -> tuple[str, float]:

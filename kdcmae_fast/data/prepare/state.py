@@ -35,7 +35,7 @@ def begin(root: Path, settings: dict[str, Any], digest: str, num_inputs: int) ->
             f"--output {root} is not empty, and not a folder that `kdcmae prepare` began; "
             f"give a new one"
         )
-    path.touch()
+    path.open("ab").close()  # made if it is not there, unchanged if it is
     # Written in place and under the lock: several machines may begin one folder together.
     with path.open("r+b") as file:
         _take(file.fileno(), 0)
