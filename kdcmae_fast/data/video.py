@@ -107,7 +107,7 @@ def decode_window(
     if window.start > 0:
         start = origin + window.start - SEEK_MARGIN
         container.seek(int(start / stream.time_base), stream=stream)
-    for time, piece in _sound_pieces(container, stream):
+    for time, piece in _sound_pieces(container, stream, sought=window.start > 0):
         if samples is None:
             samples = np.zeros((len(piece), wanted), dtype=np.float32)
             end = round((time - origin - window.start) * rate)
@@ -128,14 +128,24 @@ def decode_window(
     return samples[:, :heard]
 
 
-def _sound_pieces(container: Any, stream: Any) -> Iterator[tuple[float, NDArray[np.float32]]]:
+def _sound_pieces(
+    container: Any, stream: Any, *, sought: bool
+) -> Iterator[tuple[float, NDArray[np.float32]]]:
     """Decoded pieces: time in seconds, (channels, n) float32 in [-1, 1]."""
     import av
 
     planar = av.AudioResampler(format="fltp")  # only the number format changes
-    for frame in container.decode(stream):
-        for part in planar.resample(frame):
+    begun = False
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError:
+            if begun or not sought:
+                raise
+            continue  # some containers are sought into the middle of a piece
+        for part in (part for frame in frames for part in planar.resample(frame)):
             if part.time is not None and part.samples:
+                begun = True
                 yield part.time, np.asarray(part.to_ndarray(), dtype=np.float32)
 
 

@@ -314,3 +314,50 @@ def test_a_unit_that_another_run_makes_is_left_to_it(tmp_path, make_video, monke
         process.wait()
         with locked(tmp_path, 1) as mine:
             assert mine
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "sound", "options"),
+    [
+        ("a.ts", "mpeg2video", "mp2", {"bf": "2"}),  # seeks land too late
+        ("a.mpg", "mpeg2video", "mp2", {"bf": "2"}),  # times are guessed after a seek
+        ("a.avi", "mpeg4", "mp2", {"bf": "2"}),  # no presentation times
+        ("a.mkv", "mpeg4", "aac", {}),
+    ],
+)
+@pytest.mark.parametrize("start", [0.0, 1.3])
+def test_frames_of_every_container_have_their_times(tmp_path, name, codec, sound, options, start):
+    """Frame i is grey 20 + 3 i: what is seen agrees with the time, to two frames of 40 ms."""
+    import io
+    from fractions import Fraction
+
+    import av
+    from PIL import Image
+
+    path = tmp_path / name
+    with av.open(str(path), "w") as out:
+        video = out.add_stream(codec, rate=25, options=options)
+        audio = out.add_stream(sound, rate=44_100, layout="stereo")
+        video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
+        video.codec_context.gop_size = 12
+        video.bit_rate = 4_000_000
+        for i in range(60):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 20 + 3 * i, np.uint8))
+            frame.pts, frame.time_base = i, Fraction(1, 25)
+            out.mux(video.encode(frame))
+        out.mux(video.encode(None))
+        tone = np.tile(0.3 * np.sin(np.arange(105_840) * 0.05), (2, 1)).astype(np.float32)
+        kind = audio.codec_context.format.name
+        fit = av.AudioResampler(format=kind, layout="stereo", rate=44_100, frame_size=1152)
+        whole = av.AudioFrame.from_ndarray(tone, format="fltp", layout="stereo")
+        whole.sample_rate, whole.pts, whole.time_base = 44_100, 0, Fraction(1, 44_100)
+        for frame in [*fit.resample(whole), *fit.resample(None)]:
+            out.mux(audio.encode(frame))
+        out.mux(audio.encode(None))
+    settings = PrepareSettings(num_frames=12, grid="ends", img_size=64)
+    clip = make_clip(Input("a", name, str(path), start=start), settings)
+    assert isinstance(clip, PreparedClip), clip
+    greys = np.array([np.asarray(Image.open(io.BytesIO(data))).mean() for data in clip.frames])
+    seen = (greys - 20) / 3 / 25
+    assert seen == pytest.approx(np.array(clip.frame_times) + start, abs=0.085)
+    assert clip.frame_times[0] < 0.1 and clip.frame_times[-1] > clip.seconds - 0.2

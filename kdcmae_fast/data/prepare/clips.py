@@ -35,7 +35,7 @@ def make_clip(item: Input, settings: PrepareSettings) -> PreparedClip | Skipped:
     try:
         return _read_files(item, settings) if item.frames else _read_video(item, settings)
     except MediaError as error:
-        return skipped(item, error.code, str(error))
+        return skipped(item, error.code, str(error).removeprefix(f"{item.path}: "))
     except Exception as error:
         # Decoders fail in more ways than they document; the type is named, so that it is seen.
         reason = getattr(error, "strerror", None) or str(error)

@@ -12,6 +12,7 @@ from kdcmae_fast.data.prepare.grids import choose_frames
 from kdcmae_fast.data.prepare.settings import PrepareSettings
 from kdcmae_fast.data.video import stated_seconds
 
+SEEK_MARGINS = (0.0, 2.0, 10.0, 1e9)  # seconds; the last is the whole file
 EARLY = 1e-6  # seconds; a frame at the very start of the window counts
 
 
@@ -31,13 +32,14 @@ def read_pictures(
 
     container: just opened. origin: its first time, seconds.
     """
-    packets = list(_packets(container, stream, window, origin))
+    packets = _packets(container, stream, window, origin)
     shown = _shown_by_packets(packets, stream, window, origin)
-    pictures = _decode_chosen(packets, stream, shown, window, settings) if shown else None
+    pictures = _decode_chosen(packets, stream, shown, None, settings) if shown else None
     if pictures is None:
         # Time stamps of packets are missing, or not those of frames: count what is decoded.
-        shown = _shown_by_frames(packets, stream, window, origin)
-        pictures = _decode_chosen(packets, stream, shown, window, settings) if shown else None
+        stamps = _stamps_by_frames(packets, stream)
+        shown = _shown(dict.fromkeys(stamps), stream, window, origin)
+        pictures = _decode_chosen(packets, stream, shown, stamps, settings) if shown else None
     if shown is None or pictures is None:
         raise MediaError("video frames are missing: truncated or damaged")
     if stated := stated_seconds(stream):
@@ -63,16 +65,37 @@ def picture_bytes(pixels: NDArray[np.uint8], settings: PrepareSettings) -> bytes
     return data.getvalue()
 
 
-def _packets(container: Any, stream: Any, window: Window, origin: float) -> Iterator[Any]:
+def _packets(container: Any, stream: Any, window: Window, origin: float) -> list[Any]:
     """Packets that the window's frames are made of: from the key frame before it to its end."""
-    if window.start > 0:
-        container.seek(int((origin + window.start) / stream.time_base), stream=stream)
-    end = origin + window.start + window.seconds
+    start, end = origin + window.start, origin + window.start + window.seconds
+    packets: list[Any] = []
+    for margin in SEEK_MARGINS:
+        # Times in a program stream are guessed after a seek, and wrong.
+        seek = window.start > 0 and container.format.name != "mpeg"
+        if seek:
+            container.seek(int(max(start - margin, origin) / stream.time_base), stream=stream)
+        packets = list(_packets_until(container, stream, end))
+        keys = [
+            number
+            for number, packet in enumerate(packets)
+            if packet.is_keyframe and (_seconds(packet) or 0.0) <= start + EARLY
+        ]
+        if keys or not seek:
+            return packets[keys[-1] if keys else 0 :]
+    return packets
+
+
+def _packets_until(container: Any, stream: Any, end: float) -> Iterator[Any]:
     for packet in container.demux(stream):
         if packet.size:
             if packet.dts is not None and float(packet.dts * packet.time_base) >= end:
                 return
             yield packet
+
+
+def _seconds(packet: Any) -> float | None:
+    stamp = packet.dts if packet.pts is None else packet.pts
+    return None if stamp is None else float(stamp * packet.time_base)
 
 
 def _shown_by_packets(
@@ -86,17 +109,19 @@ def _shown_by_packets(
     return _shown(spans, stream, window, origin)
 
 
-def _shown_by_frames(
-    packets: Sequence[Any], stream: Any, window: Window, origin: float
-) -> Shown | None:
-    spans = {frame.pts: frame.duration for frame in _frames(packets, stream)}
-    spans.pop(None, None)
-    return _shown(spans, stream, window, origin)
+def _stamps_by_frames(packets: Sequence[Any], stream: Any) -> list[int]:
+    """Time stamps of the frames in the order they are decoded, which is the order shown.
+
+    Containers without presentation times give frames those of other frames; sorted they are right.
+    """
+    stamps = [(frame.pts, frame.dts) for frame in _frames(packets, stream)]
+    for kind in zip(*stamps, strict=True):
+        if None not in kind and len(set(kind)) == len(kind):
+            return sorted(kind)
+    return []
 
 
-def _shown(
-    spans: dict[int, int | None], stream: Any, window: Window, origin: float
-) -> Shown | None:
+def _shown(spans: dict[int, Any], stream: Any, window: Window, origin: float) -> Shown | None:
     unit = float(stream.time_base)
     stamps = sorted(spans)
     times = np.asarray(stamps, dtype=np.float64) * unit - origin - window.start
@@ -110,21 +135,38 @@ def _shown(
 
 
 def _decode_chosen(
-    packets: Sequence[Any], stream: Any, shown: Shown, window: Window, settings: PrepareSettings
+    packets: Sequence[Any],
+    stream: Any,
+    shown: Shown,
+    stamps: Sequence[int] | None,
+    settings: PrepareSettings,
 ) -> tuple[list[bytes], list[float]] | None:
-    """The chosen frames, encoded; None if one of them does not come out of the decoder."""
+    """The chosen frames, encoded; None if one of them does not come out of the decoder.
+
+    stamps: of all frames in the order decoded; None: frames have their own, and None comes back
+    when these do not ascend.
+    """
+    from av.video.reformatter import VideoReformatter
+
+    convert = VideoReformatter()  # one for all, it is slow to make
     chosen = choose_frames(
         settings.grid, settings.num_frames, shown.times, _rate(stream), settings.seconds
     )
     wanted = {shown.stamps[index] for index in chosen}
     found: dict[int, bytes] = {}
-    for frame in _frames(packets, stream):
-        if frame.pts in wanted and not frame.is_corrupt:
-            pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
-            found[frame.pts] = picture_bytes(np.ascontiguousarray(pixels), settings)
+    last = None
+    for number, frame in enumerate(_frames(packets, stream)):
+        stamp = frame.pts if stamps is None else stamps[number]
+        if stamp is None or (last is not None and stamp <= last):
+            return None
+        last = stamp
+        if stamp in wanted and not frame.is_corrupt:
+            pixels = convert.reformat(frame, format="rgb24").to_ndarray()
+            upright = np.rot90(pixels, round(frame.rotation / 90) % 4)
+            found[stamp] = picture_bytes(np.ascontiguousarray(upright), settings)
             if len(found) == len(wanted):
-                stamps = [shown.stamps[index] for index in chosen]
-                return [found[stamp] for stamp in stamps], shown.times[chosen].tolist()
+                kept = [found[shown.stamps[index]] for index in chosen]
+                return kept, shown.times[chosen].tolist()
     return None
 
 

@@ -25,6 +25,7 @@ from kdcmae_fast.data.prepare.state import begin, json_text, locked, write_file
 from kdcmae_fast.data.prepare.units import Unit, UnitMaker, is_complete, probe, read_lines
 from kdcmae_fast.data.shards import finish_dataset
 from kdcmae_fast.data.shards.layout import LABELS, SHARDS
+from kdcmae_fast.messages import require_folder
 
 PROBED = 64  # videos whose length a process asks for at a time
 METRICS = "metrics.json"
@@ -78,6 +79,7 @@ def prepare(
     """
     started = time.monotonic()
     root = Path(output)
+    require_folder(root)
     workers = workers or os.cpu_count() or 1
     found = read_sources(sources, settings, media_root)
     if settings.cut == "all":
