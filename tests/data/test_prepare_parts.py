@@ -19,7 +19,7 @@ from kdcmae_fast.data.prepare.inputs import Input, finish_inputs, label_rows, re
 from kdcmae_fast.data.prepare.names import LONGEST, SafeNames
 from kdcmae_fast.data.prepare.run import prepare
 from kdcmae_fast.data.prepare.settings import PRESETS, PrepareSettings, make_settings
-from kdcmae_fast.data.prepare.state import locked
+from kdcmae_fast.data.prepare.state import begin, locked
 from kdcmae_fast.data.shards import PreparedClip, Skipped
 from kdcmae_fast.data.shards.layout import read_index
 
@@ -214,6 +214,12 @@ def test_names_are_safe_and_differ(more):
         assert not set(name) & set('/\\\n\0<>:"|?*')
 
 
+def test_odd_ids_and_paths_are_inputs_like_any_other():
+    items = finish_inputs([Input("\ud800", "a", "a\0b"), Input("", "b", "")], "shuffled")
+    results = [make_clip(item, SMALL) for item in items]
+    assert all(isinstance(result, Skipped) for result in results)
+
+
 def test_plain_names_stay():
     names = SafeNames()
     for identity in ("glLQrEijrKg_000300", "00W1lcxW-WU_40.000", "ünï cödé 名前 (1)"):
@@ -290,7 +296,7 @@ def test_labels_of_a_list_end_in_the_dataset(tmp_path, make_video):
 HOLDER = """
 import sys
 from pathlib import Path
-from kdcmae_fast.data.prepare.state import locked
+from kdcmae_fast.data.prepare.state import begin, locked
 
 with locked(Path(sys.argv[1]), 1) as mine:
     print(mine, flush=True)
@@ -361,3 +367,18 @@ def test_frames_of_every_container_have_their_times(tmp_path, name, codec, sound
     seen = (greys - 20) / 3 / 25
     assert seen == pytest.approx(np.array(clip.frame_times) + start, abs=0.085)
     assert clip.frame_times[0] < 0.1 and clip.frame_times[-1] > clip.seconds - 0.2
+
+
+def test_what_a_folder_was_begun_with_is_checked(tmp_path):
+    begin(tmp_path, {"quality": 75, "clips_per_shard": 16}, "digest", 500)
+    begin(tmp_path, {"quality": 75, "clips_per_shard": 16}, "digest", 500)
+    with pytest.raises(ValueError, match=r"--quality is 90, but .* begun with 75"):
+        begin(tmp_path, {"quality": 90, "clips_per_shard": 17}, "other", 501)
+    with pytest.raises(ValueError, match=r"the inputs are not those .* \(501 now, 500 then"):
+        begin(tmp_path, {"quality": 75, "clips_per_shard": 17}, "other", 501)
+    with pytest.raises(ValueError, match=r"--clips-per-shard is 17"):
+        begin(tmp_path, {"quality": 75, "clips_per_shard": 17}, "digest", 500)
+    (tmp_path / "more").touch()
+    (tmp_path / "prepare.json").write_text("{")
+    with pytest.raises(ValueError, match="prepare.json: damaged"):
+        begin(tmp_path, {}, "digest", 500)

@@ -94,7 +94,9 @@ def finish_inputs(inputs: Iterable[Input], order: str) -> list[Input]:
         finished.append(replace(item, name=names.add(item.id), size=_size(item.path)))
     if order == "shuffled":
         # By what they are called and not by where they stand, so that a shard is a mixture.
-        finished.sort(key=lambda item: hashlib.sha256(item.id.encode()).digest())
+        finished.sort(
+            key=lambda item: hashlib.sha256(item.id.encode("utf-8", "surrogatepass")).digest()
+        )
     return finished
 
 
@@ -187,5 +189,5 @@ def _text(name: str) -> str:
 def _size(path: str) -> int:
     try:
         return os.stat(path).st_size if path else -1
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a zero byte in a list's path
         return -1

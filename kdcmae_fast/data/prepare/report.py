@@ -78,7 +78,7 @@ class Report:
         width = max(map(len, self.reasons), default=0)
         for reason, count in self.reasons.most_common():
             example = self.examples[reason][0]
-            text = f"{example['source']}: {example['detail']}"
+            text = f"{example['id']}: {example['detail']}"
             short = text if len(text) <= 100 else f"{text[:97]}..."
             lines.append(f"  {reason:{width}}  {count:>6}  {short}")
         return "\n".join(lines)

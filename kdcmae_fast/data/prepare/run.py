@@ -80,7 +80,7 @@ def prepare(
     started = time.monotonic()
     root = Path(output)
     require_folder(root)
-    workers = workers or os.cpu_count() or 1
+    workers = workers or _cores()
     found = read_sources(sources, settings, media_root)
     if settings.cut == "all":
         found.inputs = _cut(found.inputs, settings, workers, timeout)
@@ -226,6 +226,13 @@ def _write_metrics(
     run = {"units": len(made), "seconds": round(seconds, 3), "workers": workers}
     figures = {**report.figures(), "last_run": run}
     write_file(root / METRICS, json_text(figures).encode())
+
+
+def _cores() -> int:
+    """Cores this process may use, which in a job is not all that there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _csv_bytes(rows: Sequence[Sequence[object]]) -> bytes:
