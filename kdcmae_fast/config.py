@@ -8,6 +8,7 @@ A comment after a field says its unit and what it does; `kdcmae settings` prints
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+MULTI_RATIO = (0.6, 0.9)  # between which `multi_ratio_masking` draws, CAV-MAE Sync's code
 STRICT = {"extra": "forbid", "strict": True}  # pydantic: unknown keys and wrong types are errors
 
 
@@ -65,7 +66,7 @@ class DistillConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes, masking and objective of CAV-MAE and KDC-MAE. Defaults: CAV-MAE base."""
+    """Sizes, masking and objective of CAV-MAE, KDC-MAE and CAV-MAE Sync. Defaults: CAV-MAE base."""
 
     __pydantic_config__: ClassVar[Any] = STRICT
 
@@ -82,6 +83,11 @@ class ModelConfig:
     shared_depth: int = 1  # blocks both modalities go through
     num_heads: int = 12
     mlp_ratio: float = 4.0
+    cls_token: bool = False  # one global token per modality, what InfoNCE compares
+    num_registers: int = 0  # R, register tokens per modality
+    register_std: float = 1.0  # of their initial values; 1 as published, 0.02 as the other tokens
+    keep_registers: bool = False  # also in the single-modality passes of the shared blocks
+    contrast_head_depth: int = 0  # blocks per modality between those passes and InfoNCE
     # Decoder
     decoder_embed_dim: int = 512
     decoder_depth: int = 8
@@ -93,6 +99,7 @@ class ModelConfig:
     audio_mask_ratio: float | None = None  # None: mask_ratio
     video_mask_ratio: float | None = None
     audio_mask_mode: Literal["unstructured", "time", "freq", "tf"] = "unstructured"
+    multi_ratio_masking: bool = False  # a ratio of 0.6 to 0.9 per step and modality
     mask_seed: int = 0
     restore: Literal["corrected", "released"] = "corrected"  # released: view 1's for every view
     # Objective
@@ -102,9 +109,16 @@ class ModelConfig:
     temperature: float = 0.05  # of InfoNCE
     symmetric: bool = False  # InfoNCE in both directions; False: audio for each video
     negatives: Literal["global", "local"] = "global"  # all ranks' clips, or this rank's
+    global_local: bool = False  # InfoNCE also of the patch tokens' mean, half and half
+    frames_per_clip: int = 1  # rows of a batch that are frames of one clip, side by side
+    within_clip: Literal["masked", "negatives", "positives"] = "masked"  # a clip's other frames
     distill: DistillConfig = field(default_factory=DistillConfig)
     kd_loss_weight: float = 10.0  # of the batch mean
     loss_weighting: Literal["fixed", "uncertainty"] = "fixed"
+    # Classifier of CAV-MAE Sync
+    classifier_input: Literal["multimodal", "audio", "video"] = "multimodal"
+    classifier_depth: int = 2  # blocks over a clip's frames
+    classifier_heads: int = 12
     # Execution: numerically the same results
     packed_shared: bool = True  # shared block once over joint | audio | video rows
     decoder_masked_only: bool = True  # last decoder block: only rows that the loss reads
@@ -119,8 +133,10 @@ class ModelConfig:
         sizes = ("audio_length", "num_mel_bins", "img_size")
         widths = (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads"))
         _require_positive(self, *sizes, "patch_size", *sum(widths, ()), "mlp_ratio", "temperature")
-        _require_range(self, 1, inf, "num_views", "shared_depth")
-        _require_range(self, 0, inf, "modality_depth", "decoder_depth")
+        _require_positive(self, "classifier_heads")
+        _require_range(self, 1, inf, "num_views", "shared_depth", "frames_per_clip")
+        _require_range(self, 0, inf, "modality_depth", "decoder_depth", "contrast_head_depth")
+        _require_range(self, 0, inf, "num_registers", "register_std", "classifier_depth")
         weights = ("mae_loss_weight", "contrast_loss_weight", "kd_loss_weight")
         _require_range(self, 0, inf, *weights)
         _require_range(self, 0, 1, "mask_ratio", "audio_mask_ratio", "video_mask_ratio")
@@ -129,7 +145,24 @@ class ModelConfig:
         for width, heads in widths:
             _require_multiple(self, width, getattr(self, heads), f"{heads}={getattr(self, heads)}")
             _require_multiple(self, width, 4, "4 (sine-cosine positions over two axes)")
+        self._require_tokens()
         self._require_views()
+
+    def _require_tokens(self) -> None:
+        _require(
+            self.cls_token or not self.global_local,
+            "global_local=True: compares the CLS tokens too, and cls_token is False",
+        )
+        _require(
+            self.num_registers > 0 or not self.keep_registers,
+            "keep_registers=True: there are none, num_registers=0",
+        )
+        for name in ("audio_mask_ratio", "video_mask_ratio"):
+            value = getattr(self, name)
+            _require(
+                value is None or not self.multi_ratio_masking,
+                f"{name}={value}: multi_ratio_masking=True draws the ratio anew in every step",
+            )
 
     def _require_views(self) -> None:
         """Every view keeps a token; complementary views fit side by side; distilling needs two."""
@@ -142,12 +175,14 @@ class ModelConfig:
             name = f"{modality}_mask_ratio"
             ratio = getattr(self, name)
             name, ratio = ("mask_ratio", self.mask_ratio) if ratio is None else (name, ratio)
-            keep = int(num_tokens * (1 - ratio) + 1e-6)
-            _require(keep >= 1, f"{name}={ratio}: leaves none of {num_tokens} {modality} tokens")
+            least, most = MULTI_RATIO if self.multi_ratio_masking else (ratio, ratio)
+            keep = int(num_tokens * (1 - most) + 1e-6)
+            _require(keep >= 1, f"{name}={most}: leaves none of {num_tokens} {modality} tokens")
+            keep = int(num_tokens * (1 - least) + 1e-6)
             _require(
                 self.views == "independent" or self.num_views * keep <= num_tokens,
                 f"num_views={self.num_views}: {self.num_views} complementary views of {keep} "
-                f"{modality} tokens do not fit into {num_tokens}; raise {name}={ratio}",
+                f"{modality} tokens do not fit into {num_tokens}; raise {name}={least}",
             )
         _require(
             self.distill.on == "off" or self.num_views > 1,
@@ -163,13 +198,17 @@ PRESETS: dict[str, dict[str, int]] = {
     "base": {"embed_dim": 768, "modality_depth": 11, "num_heads": 12,
              "decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16},
     "large": {"embed_dim": 1024, "modality_depth": 23, "num_heads": 16,
-              "decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16},
+              "decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16,
+              "classifier_heads": 16},
 }  # fmt: skip
 
+# What makes a system out of the shared model, under every preset.
 SYSTEMS: dict[str, dict[str, object]] = {
     "cav_mae": {},
     "kdc_mae": {"num_views": 2, "distill": DistillConfig(on="joint")},
-}  # what makes a system out of the shared model, under every preset
+    "cav_mae_sync": {"audio_length": 416, "cls_token": True, "num_registers": 8,
+                     "contrast_loss_weight": 0.1},
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +295,7 @@ class RunConfig:
 
     __pydantic_config__: ClassVar[Any] = STRICT
 
-    name: str = "kdc_mae"  # system: cav_mae, kdc_mae
+    name: str = "kdc_mae"  # system: cav_mae, kdc_mae, cav_mae_sync
     preset: str = "base"  # tiny, small, base, large
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

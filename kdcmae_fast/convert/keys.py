@@ -8,12 +8,15 @@ identity for every tensor that any output depends on.
 """
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 _MODALITY = {"audio": "a", "video": "v"}
 _SHARED_NORM = {"joint": "", "audio": "_a", "video": "_v"}
+_HEAD = {"audio": "audio", "video": "visual"}
+REGISTERS = "register_tokens"  # one tensor: audio's rows, then video's
 
 # Parameters that KDC-MAE's published code creates and nothing reads.
 _UNUSED = re.compile(
@@ -21,8 +24,11 @@ _UNUSED = re.compile(
     r"|dw_fc\d*|fc)(\..+)?"
 )
 # norm1_a ... norm2_v outside the shared blocks.
-_DEAD = re.compile(r"(blocks_a|blocks_v|decoder_blocks)\.\d+\.norm[12]_[av]\.(weight|bias)")
-_PRIVATE_NORM = re.compile(r"((?:blocks_a|blocks_v|decoder_blocks)\.\d+\.norm[12])\.(weight|bias)")
+_PRIVATE = (
+    r"(?:blocks_a|blocks_v|decoder_blocks|classifier_layers|constrative_head_(?:audio|visual))"
+)
+_DEAD = re.compile(_PRIVATE + r"\.\d+\.norm[12]_[av]\.(weight|bias)")
+_PRIVATE_NORM = re.compile(rf"({_PRIVATE}\.\d+\.norm[12])\.(weight|bias)")
 
 _RENAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
@@ -31,6 +37,9 @@ _RENAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"encoder\.(audio|video)\.patch_embed\.modality", r"modality_{0}"),
         (r"encoder\.(audio|video)\.patch_embed\.pos_embed", r"pos_embed_{0}"),
         (r"encoder\.(audio|video)\.blocks\.(.+)", r"blocks_{0}.{1}"),
+        (r"encoder\.(audio|video)\.tokens\.cls", r"cls_token_{0}"),
+        (r"encoder\.(audio|video)\.tokens\.registers", REGISTERS + r".{0}"),
+        (r"encoder\.shared\.heads\.(audio|video)\.(.+)", r"constrative_head_{0}.{1}"),  # sic
         (r"encoder\.shared\.norm\.(joint|audio|video)\.(.+)", r"norm{0}.{1}"),
         (
             r"encoder\.shared\.blocks\.(\d+\.norm[12])\.norms\.(joint|audio|video)\.(.+)",
@@ -43,18 +52,56 @@ _RENAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"decoder\.(embed|norm|blocks)\.(.+)", r"decoder_{0}.{1}"),
         (r"head\.norm\.(.+)", r"mlp_head.0.{0}"),
         (r"head\.linear\.(.+)", r"mlp_head.1.{0}"),
+        (r"aggregator\.token", r"cls_cls_token"),
+        (r"aggregator\.blocks\.(.+)", r"classifier_layers.{0}"),
+        (r"aggregator\.norm\.(.+)", r"classifier_norm.{0}"),
+        (r"aggregator\.linear\.(.+)", r"classifier_head.{0}"),
     )
 )
 
 
 def published_key(key: str) -> str | None:
-    """The published name of one of our parameters; None where it has no counterpart."""
+    """The published name of one of our parameters; None where it has no counterpart.
+
+    The registers of both modalities are one published tensor; see `split_registers`.
+    """
     for pattern, replacement in _RENAMES:
         match = pattern.fullmatch(key)
         if match:
             names = _SHARED_NORM if "shared" in key else _MODALITY
+            names = _HEAD if ".heads." in key else names
             return replacement.format(*(names.get(group, group) for group in match.groups()))
     return None
+
+
+def split_registers(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors with each modality's registers under a name of their own."""
+    state = dict(published)
+    if REGISTERS in state:
+        both = state.pop(REGISTERS)
+        if both.ndim != 2 or both.shape[0] % 2:
+            raise ValueError(f"{REGISTERS} must be (2R, D), got {tuple(both.shape)}")
+        state |= {f"{REGISTERS}.{m}": part for m, part in zip("av", both.chunk(2), strict=True)}
+    return state
+
+
+def join_registers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `split_registers`."""
+    parts = {f"{REGISTERS}.{m}" for m in "av"} & state.keys()
+    published = {key: tensor for key, tensor in state.items() if key not in parts}
+    if parts:
+        published[REGISTERS] = torch.cat([state[key] for key in sorted(parts)])
+    return published
+
+
+def is_extra_token(key: str) -> bool:
+    """Whether a published name is one that CAV-MAE Sync has and CAV-MAE has not."""
+    return key.startswith(("cls_token_", REGISTERS, "constrative_head_"))
+
+
+def is_head(key: str) -> bool:
+    """Whether a published name belongs to a classifier's head."""
+    return key.startswith(("mlp_head.", "classifier_", "cls_cls_token"))
 
 
 def is_dead(key: str) -> bool:

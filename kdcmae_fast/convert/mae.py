@@ -21,9 +21,9 @@ def is_renamed_mae(state: Mapping[str, Tensor]) -> bool:
     """Whether these are MAE weights already under CAV-MAE's names, as CAV-MAE distributes them.
 
     They still carry MAE's CLS token, which CAV-MAE does not have. CAV-MAE Sync has one too, but
-    also register tokens.
+    also modality vectors, which MAE lacks.
     """
-    return "cls_token_a" in state and "register_tokens" not in state
+    return "cls_token_a" in state and "modality_a" not in state
 
 
 def has_decoder(state: Mapping[str, Tensor]) -> bool:
@@ -54,13 +54,15 @@ def infer_mae_settings(
     return fixed, guessed
 
 
-def map_mae(state: Mapping[str, Tensor], modality_depth: int) -> dict[str, Tensor]:
+def map_mae(
+    state: Mapping[str, Tensor], modality_depth: int, cls_token: bool = False
+) -> dict[str, Tensor]:
     """MAE's tensors under CAV-MAE's published names; what has no place keeps its own name.
 
     Blocks 0 .. modality_depth - 1 go to both streams, the rest to the shared blocks, whose norms
     are copied to the modality norms; the audio projection is the sum of the image projection over
     the colours; position tables lose the CLS row; the audio head is the first rows of the image
-    head. MAE's LayerNorms have eps 1e-6, ours 1e-5.
+    head; with `cls_token` both modalities get MAE's. MAE's LayerNorms have eps 1e-6, ours 1e-5.
     """
     mapped: dict[str, Tensor] = {}
     audio_pixels = state["patch_embed.proj.weight"][0, 0].numel()
@@ -80,6 +82,8 @@ def map_mae(state: Mapping[str, Tensor], modality_depth: int) -> dict[str, Tenso
         elif key in ("decoder_pred.weight", "decoder_pred.bias"):
             mapped[key.replace("pred", "pred_v")] = tensor
             mapped[key.replace("pred", "pred_a")] = tensor[:audio_pixels]
+        elif key == "cls_token" and cls_token:
+            mapped |= {f"cls_token_{m}": tensor for m in "av"}
         else:  # decoder_embed, decoder_norm and mask_token have the same names in both
             mapped[key] = tensor
     return mapped
@@ -100,7 +104,7 @@ def _map_block(block: re.Match[str], tensor: Tensor, modality_depth: int) -> dic
 
 def stays_fresh(key: str, decoder_in_file: bool) -> bool:
     """Whether an MAE file rightly has nothing for this published name."""
-    if key.startswith(("modality_", "decoder_modality_", "mlp_head.")):
+    if key.startswith(("modality_", "decoder_modality_")):
         return True
     if key in ("pos_embed_a", "decoder_pos_embed_a"):
         return True

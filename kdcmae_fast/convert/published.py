@@ -1,7 +1,7 @@
 """Published checkpoints to our models and back.
 
-Files understood: CAV-MAE pretrained and fine-tuned, KDC-MAE pretrained, and ImageNet MAE (whole or
-encoder only) as a starting point.
+Files understood: CAV-MAE and CAV-MAE Sync pretrained and fine-tuned, KDC-MAE pretrained, and
+ImageNet MAE (whole or encoder only) as a starting point.
 """
 
 import logging
@@ -10,25 +10,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from kdcmae_fast.config import SYSTEMS
 from kdcmae_fast.models.build import (
-    CLASSIFIER,
+    CLASSIFIER_CLASSES,
     Model,
     check_name,
     from_pretrained,
     merge_config,
     model_from_config,
+    system_settings,
 )
 from kdcmae_fast.models.masking import audio_grid, video_grid
-from kdcmae_fast.models.positions import sincos_positions
 from kdcmae_fast.models.pretrained import check_keys, common_dtype, load_state
 
 from .files import read_tensors, write_tensors
 from .infer import check_overrides, infer_settings
-from .keys import dead_norms, is_dead, is_unused, published_key
+from .keys import (
+    dead_norms,
+    is_dead,
+    is_extra_token,
+    is_head,
+    is_unused,
+    join_registers,
+    published_key,
+    split_registers,
+)
 from .mae import (
     CLS_TOKENS,
     has_decoder,
@@ -38,6 +45,9 @@ from .mae import (
     map_mae,
     stays_fresh,
 )
+from .positions import EXACT, distance_from_sincos, resize_positions
+
+HEAD_WEIGHTS = ("mlp_head.1.weight", "classifier_head.weight")
 
 log = logging.getLogger("kdcmae_fast.convert")
 
@@ -51,10 +61,12 @@ def load_published(
         {"state_dict": ...}.
     name: another system on the same trunk, such as "kdc_mae" for a CAV-MAE file, or
         "cav_mae_classifier" (with `num_classes=`) to fine-tune a pretrained one: its decoder is
-        dropped and the head is new. By default what the file is.
+        dropped and the head is new. By default what the file is. "cav_mae_sync" for a CAV-MAE
+        file: CLS and registers are new.
     config_overrides: fields of `ModelConfig`. Sizes are read from the shapes and may not be
-        contradicted; `num_heads` and `decoder_num_heads` default to the published head sizes
-        (64 and 32) and must be given where those do not divide the width.
+        contradicted, except `audio_length`: the position tables are made for the one given.
+        `num_heads` and `decoder_num_heads` default to the published head sizes (64 and 32) and
+        must be given where those do not divide the width.
 
     Strict: unknown and missing names are an error that lists them. Dropped and logged: the norms
     no output depends on (see `keys.py`) and KDC-MAE's parameters that its code never reads. From
@@ -70,10 +82,15 @@ def load_published(
         fixed, guessed = infer(state, config_overrides)
     except KeyError as error:
         raise ValueError(f"{path} has no {error.args[0]}: cannot read the sizes from it") from None
+    if _warms_up(name, state):
+        found = fixed.keys() | guessed.keys()
+        for key in system_settings(name).keys() & found:
+            fixed.pop(key, None), guessed.pop(key, None)
     check_overrides(fixed, config_overrides, str(path))
-    config = merge_config({**SYSTEMS.get(name, {}), **fixed, **guessed}, config_overrides)
-    if name == CLASSIFIER and num_classes is None and "mlp_head.1.weight" in state:
-        num_classes = state["mlp_head.1.weight"].shape[0]
+    config = merge_config({**system_settings(name), **fixed, **guessed}, config_overrides)
+    if name in CLASSIFIER_CLASSES and num_classes is None:
+        heads = [state[key] for key in HEAD_WEIGHTS if key in state]
+        num_classes = heads[0].shape[0] if heads else None
     model = model_from_config(name, config, num_classes).to(common_dtype(state))
     _fill(model, state, str(path))
     return model
@@ -106,7 +123,7 @@ def _live_state(model: Model) -> dict[str, Tensor]:
             live[name] = tensor
     if dropped:
         log.warning("not in the published layout, left out: %s", ", ".join(dropped))
-    return live
+    return join_registers(live)
 
 
 def export_published(model: Model, path: str | os.PathLike[str]) -> None:
@@ -144,24 +161,45 @@ def _system(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> str:
     if "blocks_a.0.attn.qkv.weight" not in state:
         names = ", ".join(sorted(state)[:5])
         raise ValueError(f"{path} is neither CAV-MAE, KDC-MAE nor MAE; it begins with {names}")
+    if "classifier_head.weight" in state:
+        return "cav_mae_sync_classifier"
     if "mlp_head.1.weight" in state:
-        return CLASSIFIER
+        return "cav_mae_classifier"
+    if _has_extra_tokens(state):
+        return "cav_mae_sync"
     return "kdc_mae" if any(is_unused(key) for key in state) else "cav_mae"
+
+
+def _has_extra_tokens(state: Mapping[str, Tensor]) -> bool:
+    """Whether the file itself is a CAV-MAE Sync, and not what one may start from."""
+    start = is_mae(state) or is_renamed_mae(state)
+    return not start and any(is_extra_token(key) for key in state)
+
+
+def _warms_up(name: str, state: Mapping[str, Tensor]) -> bool:
+    """Whether a Sync model starts from weights of a system without its tokens."""
+    return bool(system_settings(name).get("cls_token")) and not _has_extra_tokens(state)
 
 
 def _fill(model: Model, state: dict[str, Tensor], path: str) -> None:
     """Load published (or MAE) tensors into the model, strictly."""
     start = is_mae(state) or is_renamed_mae(state)
     whole_mae = has_decoder(state)
-    given = map_mae(state, model.config.modality_depth) if is_mae(state) else state
-    given = _without_unused(given, model, start, path)
-    has_head = "mlp_head.1.weight" in given
+    tokens = _has_extra_tokens(state)
+    if is_mae(state):
+        given = map_mae(state, model.config.modality_depth, model.config.cls_token)
+    else:
+        given = split_registers(state)
+    given = _with_length(_without_unused(given, model, start, path), model, path)
+    has_head = any(key in given for key in HEAD_WEIGHTS)
 
     def may_be_absent(name: str | None) -> bool:
         if name is None:
             return True
-        if model.name == CLASSIFIER and name.startswith("mlp_head."):
+        if is_head(name):
             return not has_head
+        if is_extra_token(name) and not tokens:
+            return True
         return start and stays_fresh(name, whole_mae)
 
     own = model.state_dict()
@@ -182,9 +220,9 @@ def _without_unused(
     """The tensors to load, without those that are left out on purpose (logged)."""
     dead = [key for key in state if is_dead(key)]
     dropped = [key for key in state if is_unused(key)]
-    if start:
+    if start and not model.config.cls_token:
         dropped += [key for key in state if key in CLS_TOKENS]
-    if model.name == CLASSIFIER:
+    if model.name in CLASSIFIER_CLASSES:
         decoder = [key for key in state if key.startswith("decoder_") or key == "mask_token"]
         dropped += [key for key in decoder if key not in dead]
     if dropped:
@@ -195,15 +233,26 @@ def _without_unused(
     return {key: tensor for key, tensor in state.items() if key not in gone}
 
 
+def _with_length(given: dict[str, Tensor], model: Model, path: str) -> dict[str, Tensor]:
+    """Audio position tables for this model's `audio_length` (logged)."""
+    rows, columns = audio_grid(model.config)
+    resized = {
+        key: resize_positions(table, rows, columns)
+        for key, table in given.items()
+        if key in ("pos_embed_a", "decoder_pos_embed_a") and table.shape[1] != rows * columns
+    }
+    if resized:
+        length = model.config.audio_length
+        log.info("%s: made for audio_length=%d: %s", path, length, ", ".join(resized))
+    return given | resized
+
+
 def _check_positions(model: Model, given: Mapping[str, Tensor], path: str) -> None:
     """Warn where a pretrained file's fixed position table is not the sine-cosine one."""
-    if model.name == CLASSIFIER:
+    if model.name in CLASSIFIER_CLASSES:
         return
     for suffix, grid in (("a", audio_grid(model.config)), ("v", video_grid(model.config))):
         for key in (f"pos_embed_{suffix}", f"decoder_pos_embed_{suffix}"):
-            if key not in given:
-                continue
-            table = sincos_positions(given[key].shape[-1], grid)
-            error = (given[key][0].to(torch.float64) - table).abs().max()
-            if error > 1e-5:
+            error = distance_from_sincos(given[key], grid) if key in given else 0
+            if error > EXACT:
                 log.warning("%s: %s is not the sine-cosine table (by %.1e); kept", path, key, error)

@@ -12,19 +12,31 @@ import pydantic
 from kdcmae_fast.config import PRESETS, SYSTEMS, ModelConfig
 
 from .cav_mae import CavMae
+from .cav_mae_sync import CavMaeSync
 from .classifier import CavMaeClassifier
 from .pretrained import common_dtype, load_state, read_folder
+from .sync_classifier import CavMaeSyncClassifier
 
-CLASSIFIER = "cav_mae_classifier"
-MODELS = (*SYSTEMS, CLASSIFIER)
+Classifier = CavMaeClassifier | CavMaeSyncClassifier
+Model = CavMae | Classifier
 
-Model = CavMae | CavMaeClassifier
+SYSTEM_CLASSES: dict[str, type[CavMae]] = {
+    "cav_mae": CavMae,
+    "kdc_mae": CavMae,
+    "cav_mae_sync": CavMaeSync,
+}
+CLASSIFIER_CLASSES: dict[str, type[Classifier]] = {
+    "cav_mae_classifier": CavMaeClassifier,
+    "cav_mae_sync_classifier": CavMaeSyncClassifier,
+}
+MODELS = (*SYSTEMS, *CLASSIFIER_CLASSES)
 
 
 def build_model(name: str, preset: str = "base", **overrides: Any) -> Model:
     """A freshly initialised model.
 
-    name: `cav_mae`, `kdc_mae` or `cav_mae_classifier` (which needs `num_classes=`).
+    name: `cav_mae`, `kdc_mae`, `cav_mae_sync`, or `cav_mae_classifier` or
+        `cav_mae_sync_classifier`, which need `num_classes=`.
     preset: `tiny`, `small`, `base` or `large`, the sizes.
     overrides: fields of `ModelConfig`; `distill` may be a dict of the fields to change.
 
@@ -45,7 +57,12 @@ def model_config(name: str, preset: str, overrides: Mapping[str, Any]) -> ModelC
     """Settings of system `name` at the sizes of `preset`, with `overrides` on top."""
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r} is not one of {', '.join(PRESETS)}")
-    return merge_config({**SYSTEMS.get(name, {}), **PRESETS[preset]}, overrides)
+    return merge_config({**system_settings(name), **PRESETS[preset]}, overrides)
+
+
+def system_settings(name: str) -> Mapping[str, object]:
+    """What sets model `name` apart under every preset: its system's settings."""
+    return SYSTEMS[name.removesuffix("_classifier")]
 
 
 def merge_config(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> ModelConfig:
@@ -65,13 +82,14 @@ def merge_config(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> Model
 def model_from_config(name: str, config: ModelConfig, num_classes: int | None = None) -> Model:
     """A model of system `name` with exactly these settings."""
     check_name(name)
-    if name == CLASSIFIER:
-        if num_classes is None:
-            raise ValueError(f"num_classes is missing: {name} needs the number of classes")
-        return CavMaeClassifier(config, num_classes=num_classes)
-    if num_classes is not None:
-        raise ValueError(f"num_classes={num_classes} does not apply to {name}, only {CLASSIFIER}")
-    return CavMae(config, name=name)
+    if name not in CLASSIFIER_CLASSES:
+        if num_classes is not None:
+            kinds = " and ".join(CLASSIFIER_CLASSES)
+            raise ValueError(f"num_classes={num_classes} does not apply to {name}, only {kinds}")
+        return SYSTEM_CLASSES[name](config, name=name)
+    if num_classes is None:
+        raise ValueError(f"num_classes is missing: {name} needs the number of classes")
+    return CLASSIFIER_CLASSES[name](config, num_classes=num_classes)
 
 
 def from_pretrained(folder: str | os.PathLike[str]) -> Model:

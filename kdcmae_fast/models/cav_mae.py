@@ -10,7 +10,7 @@ from .decoder import Decoder
 from .encoder import Encoder
 from .init import init_weights
 from .masking import check_plans, draw_plans
-from .objectives import Contrast, Objective, pool
+from .objectives import Contrast, Objective, contrast_features, summaries
 from .outputs import Features, Losses, Plans, Reconstruction
 from .pretrained import PretrainedModel
 
@@ -23,6 +23,8 @@ class CavMae(PretrainedModel):
     contrast_group: ranks whose clips are negatives of each other with `negatives="global"`; None
     (default) means this process alone. The training engine sets it.
     """
+
+    encode_chain = "composed"  # of the shared blocks in `encode`, where the released code composes
 
     def __init__(self, config: ModelConfig, *, name: str = "cav_mae") -> None:
         super().__init__()
@@ -47,14 +49,14 @@ class CavMae(PretrainedModel):
 
         batch: B clips. plans: {"audio": MaskPlan, "video": MaskPlan} instead of the model's own,
         which follow from `mask_seed`, `step` and the sample ids. contrast: takes the place of
-        InfoNCE over these clips. features_only: return what InfoNCE compares instead, the pooled
-        audio and video latents, (K*B, D) each.
+        InfoNCE over these clips. features_only: return what InfoNCE compares instead, audio and
+        video, (K*B, D) each.
         """
         plans = self._plans(batch, plans, step)
         batch = self._rows(batch)
         if features_only:
             latents = self.encoder(batch.fbank, batch.frames, plans, ("audio", "video"))
-            return pool(latents.audio), pool(latents.video)
+            return contrast_features(self.config, latents)
         latents = self.encoder(batch.fbank, batch.frames, plans, self.objective.streams)
         errors = None
         if "mae_audio" in self.objective.terms:
@@ -68,14 +70,9 @@ class CavMae(PretrainedModel):
         """
         if fbank is None and frames is None:
             raise ValueError("fbank and frames are both None: give at least one of them")
-        latents = self.encoder.encode(fbank, frames)
-        audio, video = latents.audio, latents.video
-        return Features(
-            audio=None if audio is None else pool(audio),
-            video=None if video is None else pool(video),
-            audio_tokens=audio,
-            video_tokens=video,
-        )
+        latents = self.encoder.encode(fbank, frames, self.encode_chain)
+        found = summaries(latents)
+        return Features(found.get("audio"), found.get("video"), latents.audio, latents.video)
 
     def reconstruct(
         self, batch: Batch, plans: Plans | None = None, step: int = 0

@@ -49,6 +49,11 @@ class CavMaeClassifier(PretrainedModel):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes={num_classes} must be at least 1")
+        if config.cls_token or config.num_registers:
+            raise ValueError(
+                f"cls_token={config.cls_token}, num_registers={config.num_registers}: this head "
+                "averages patch tokens; cav_mae_sync_classifier reads CLS tokens"
+            )
         self.config = config
         self.name = name
         self.num_classes = num_classes

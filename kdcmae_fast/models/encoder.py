@@ -2,7 +2,8 @@
 
 N rows (views and clips), L tokens, D width. The shared blocks take up to three passes with the
 same attention and MLP (CAV-MAE, arXiv 2210.07839): `joint` over audio and video tokens together,
-`audio` and `video` over one modality, each pass with its own norms.
+`audio` and `video` over one modality, each pass with its own norms. CLS tokens and registers
+(CAV-MAE Sync, arXiv 2505.01237) take part in their modality's blocks, never in the joint pass.
 """
 
 import torch
@@ -19,6 +20,32 @@ from .patch_embed import PatchEmbed
 STREAMS = ("joint", "audio", "video")
 
 
+class ExtraTokens(nn.Module):
+    """A CLS token before and R register tokens behind the patches of one modality.
+
+    Learned, the same in every row, without position or modality (CAV-MAE Sync, arXiv 2505.01237).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.cls: nn.Parameter | None = None
+        self.registers: nn.Parameter | None = None
+        if config.cls_token:
+            self.cls = nn.Parameter(torch.empty(1, 1, config.embed_dim))
+            nn.init.normal_(self.cls, std=0.02)
+        if config.num_registers:
+            self.registers = nn.Parameter(torch.empty(config.num_registers, config.embed_dim))
+            nn.init.normal_(self.registers, std=config.register_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, D) -> (N, 1 + L + R, D)."""
+        cls, registers = (
+            () if t is None else (t.to(x.dtype).expand(x.shape[0], -1, -1),)
+            for t in (self.cls, self.registers)
+        )
+        return torch.cat([*cls, x, *registers], dim=1)
+
+
 class ModalityStream(nn.Module):
     """Patch embedding and the blocks private to one modality."""
 
@@ -26,21 +53,24 @@ class ModalityStream(nn.Module):
         super().__init__()
         self.recompute = config.activation_checkpointing
         self.patch_embed = patch_embed
-        self.blocks = nn.ModuleList(
-            Block(config.embed_dim, config.num_heads, config.mlp_ratio, config.attention_impl)
-            for _ in range(config.modality_depth)
-        )
+        self.tokens = ExtraTokens(config) if config.cls_token or config.num_registers else None
+        self.blocks = nn.ModuleList(_block(config) for _ in range(config.modality_depth))
 
     def forward(self, pixels: Tensor, plan: MaskPlan | None = None) -> Tensor:
-        """Pixels of B clips -> (K*B, keep, D); without a plan all tokens, (B, L, D)."""
+        """Pixels of B clips -> (K*B, keep, D); without a plan all tokens, (B, L, D).
+
+        With the model's extra tokens: CLS before the patches, registers after them.
+        """
         x = self.patch_embed(pixels, plan)
+        if self.tokens is not None:
+            x = self.tokens(x)
         for block in self.blocks:
             x = run_block(block, x, recompute=self.recompute)
         return x
 
 
 class SharedStack(nn.Module):
-    """The shared blocks and the final norm of each pass."""
+    """The shared blocks, perhaps blocks for InfoNCE alone, and the final norm of each pass."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -55,6 +85,14 @@ class SharedStack(nn.Module):
                 config.attention_impl,
             )
             for _ in range(config.shared_depth)
+        )
+        depth = config.contrast_head_depth
+        self.heads = nn.ModuleDict(
+            {
+                stream: nn.Sequential(*(_block(config) for _ in range(depth)))
+                for stream in STREAMS[1:]
+                if depth
+            }
         )
         self.norm = nn.ModuleDict({stream: nn.LayerNorm(config.embed_dim) for stream in STREAMS})
 
@@ -74,6 +112,9 @@ class SharedStack(nn.Module):
         outputs: dict[str, Tensor] = {}
         for group in groups:
             outputs |= self._run(group, start)
+        for stream, head in self.heads.items():
+            if stream in outputs:
+                outputs[stream] = run_block(head, outputs[stream], recompute=self.recompute)
         return {stream: self.norm[stream](x) for stream, x in outputs.items()}
 
     def _run(
@@ -100,6 +141,9 @@ class Encoder(nn.Module):
     def __init__(self, config: ModelConfig, *, trainable_positions: bool = False) -> None:
         super().__init__()
         self.chain = config.shared_chain
+        self.num_cls = int(config.cls_token)
+        self.num_registers = config.num_registers
+        self.keep_registers = config.keep_registers
         self.audio = ModalityStream(
             PatchEmbed(
                 in_channels=1,
@@ -130,19 +174,50 @@ class Encoder(nn.Module):
         """Masked encoding of B clips under K views; only the passes named in `streams`."""
         audio = self.audio(fbank, plans["audio"])
         video = self.video(frames, plans["video"])
-        inputs = {"audio": audio, "video": video}
-        if "joint" in streams:
-            inputs["joint"] = torch.cat([audio, video], dim=1)
-        passes = {stream: inputs[stream] for stream in STREAMS if stream in streams}
-        outputs = self.shared(passes, self.chain)
-        return Latents(*(outputs.get(stream) for stream in STREAMS))
+        passes = self._passes({"audio": audio, "video": video}, streams)
+        return self._latents(self.shared(passes, self.chain))
 
-    def encode(self, fbank: Tensor | None, frames: Tensor | None) -> Latents:
-        """Unmasked single-modality passes of what is given; shared blocks always composed."""
-        passes = {}
+    def encode(
+        self, fbank: Tensor | None, frames: Tensor | None, chain: str = "composed"
+    ) -> Latents:
+        """Unmasked single-modality passes of what is given; chain: as in `SharedStack`."""
+        streams = {}
         if fbank is not None:
-            passes["audio"] = self.audio(fbank)
+            streams["audio"] = self.audio(fbank)
         if frames is not None:
-            passes["video"] = self.video(frames)
-        outputs = self.shared(passes)
-        return Latents(*(outputs.get(stream) for stream in STREAMS))
+            streams["video"] = self.video(frames)
+        return self._latents(self.shared(self._passes(streams, tuple(streams)), chain))
+
+    def patches(self, tokens: Tensor) -> Tensor:
+        """What `ModalityStream` returns, without CLS and registers."""
+        return tokens[:, self.num_cls : tokens.shape[1] - self.num_registers]
+
+    def alone(self, tokens: Tensor) -> Tensor:
+        """One modality through the shared blocks under the joint norms, CLS included."""
+        kept = tokens[:, : tokens.shape[1] - self.num_registers]
+        return self.shared({"joint": kept}, self.chain)["joint"]
+
+    def _passes(self, tokens: dict[str, Tensor], streams: tuple[str, ...]) -> dict[str, Tensor]:
+        """Inputs of the shared blocks: CLS and patches; `joint` is of the patches alone."""
+        passes = {}
+        if "joint" in streams:
+            passes["joint"] = torch.cat([self.patches(x) for x in tokens.values()], dim=1)
+        dropped = 0 if self.keep_registers else self.num_registers
+        for stream, x in tokens.items():
+            if stream in streams:
+                passes[stream] = x[:, : x.shape[1] - dropped]
+        return passes
+
+    def _latents(self, outputs: dict[str, Tensor]) -> Latents:
+        cls, patches = {}, {}
+        kept = self.num_registers if self.keep_registers else 0
+        for stream, x in outputs.items():
+            if stream == "joint":
+                continue
+            patches[stream] = x[:, self.num_cls : x.shape[1] - kept]
+            cls[f"{stream}_cls"] = x[:, 0] if self.num_cls else None
+        return Latents(**(dict.fromkeys(STREAMS) | outputs | patches | cls))
+
+
+def _block(config: ModelConfig) -> Block:
+    return Block(config.embed_dim, config.num_heads, config.mlp_ratio, config.attention_impl)

@@ -1,8 +1,10 @@
 """The mask plans of a step: K views of both modalities from the settings and the sample ids."""
 
+import random
+
 from torch import Tensor
 
-from kdcmae_fast.config import ModelConfig
+from kdcmae_fast.config import MULTI_RATIO, ModelConfig
 from kdcmae_fast.kernels import MaskPlan, complementary_masks
 
 from .outputs import Plans
@@ -42,8 +44,7 @@ def _draw(
     stream: int,
     mode: str,
 ) -> MaskPlan:
-    ratio = (config.audio_mask_ratio, config.video_mask_ratio)[stream]
-    ratio = config.mask_ratio if ratio is None else ratio
+    ratio = removed_share(config, stream, step)
     independent = config.views == "independent"
 
     def masks(num_views: int, stream: int) -> MaskPlan:
@@ -62,6 +63,18 @@ def _draw(
         return masks(config.num_views, stream)
     # Each further view has its own random stream, 2 apart: streams 0 and 1 are the modalities.
     return MaskPlan.cat([masks(1, stream + 2 * view) for view in range(config.num_views)])
+
+
+def removed_share(config: ModelConfig, stream: int, step: int) -> float:
+    """The mask ratio of modality `stream` (0 audio, 1 video) at this step.
+
+    multi_ratio_masking: uniform between 0.6 and 0.9 from (mask_seed, step, stream), so that all
+    ranks and micro steps agree on it without a word, and so does a resumed run.
+    """
+    if config.multi_ratio_masking:
+        return random.Random(f"{config.mask_seed}/{step}/{stream}").uniform(*MULTI_RATIO)
+    own = (config.audio_mask_ratio, config.video_mask_ratio)[stream]
+    return config.mask_ratio if own is None else own
 
 
 def check_plans(config: ModelConfig, plans: Plans, batch: int) -> None:

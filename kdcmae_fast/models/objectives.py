@@ -13,30 +13,67 @@ from torch.distributed import ProcessGroup
 from kdcmae_fast.config import DistillConfig, ModelConfig
 from kdcmae_fast.kernels import distillation_loss, info_nce
 
+from .clip_contrast import clip_info_nce
 from .outputs import Latents, Losses, Terms
 
-Contrast = Callable[[Tensor, Tensor], Tensor]  # pooled latents, 2 x (K*B, D) -> (K,)
+Contrast = Callable[[Tensor, Tensor], Tensor]  # `contrast_features`, 2 x (K*B, D) -> (K,)
 
 
 def pool(tokens: Tensor) -> Tensor:
     """Mean over the tokens: (N, L, D) -> (N, D), summed and returned in fp32 or better."""
-    return tokens.mean(dim=1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+    return tokens.mean(dim=1, dtype=pool_dtype(tokens))
+
+
+def pool_dtype(tokens: Tensor) -> torch.dtype:
+    """The tokens' dtype, at least fp32."""
+    return torch.promote_types(tokens.dtype, torch.float32)
+
+
+def summaries(latents: Latents) -> dict[str, Tensor]:
+    """What stands for each pass that was made, (K*B, D) each: CLS, or the mean over its tokens."""
+    return {
+        stream: pool(tokens) if cls is None else cls.to(pool_dtype(cls))
+        for stream, tokens, cls in (
+            ("joint", latents.joint, None),
+            ("audio", latents.audio, latents.audio_cls),
+            ("video", latents.video, latents.video_cls),
+        )
+        if tokens is not None
+    }
+
+
+def contrast_features(config: ModelConfig, latents: Latents) -> tuple[Tensor, Tensor]:
+    """What InfoNCE compares, audio and video: (K*B, D), or with `global_local` (K*B, 2D): CLS
+    beside the mean over the patch tokens."""
+    found = summaries(latents)
+    audio, video = found["audio"], found["video"]
+    if config.global_local:
+        assert latents.audio is not None and latents.video is not None  # summaries had both
+        audio = torch.cat([audio, pool(latents.audio)], dim=1)
+        video = torch.cat([video, pool(latents.video)], dim=1)
+    return audio, video
 
 
 def contrastive_losses(
     config: ModelConfig, audio: Tensor, video: Tensor, group: ProcessGroup | None
 ) -> Tensor:
-    """InfoNCE between the pooled latents of each view's clips: 2 x (K*B, D) -> (K,)."""
+    """InfoNCE between the `contrast_features` of each view's clips: 2 x (K*B, D) -> (K,)."""
+    group = group if config.negatives == "global" else None
+
+    def loss(a: Tensor, v: Tensor) -> Tensor:
+        tau, symmetric = config.temperature, config.symmetric
+        if config.frames_per_clip == 1 or config.within_clip == "negatives":
+            return info_nce(a, v, temperature=tau, symmetric=symmetric, group=group)
+        clips = (config.frames_per_clip, config.within_clip)
+        return clip_info_nce(a, v, *clips, temperature=tau, symmetric=symmetric, group=group)
+
+    halves = 2 if config.global_local else 1  # each half is compared on its own
     views = zip(audio.chunk(config.num_views), video.chunk(config.num_views), strict=True)
     return torch.stack(
         [
-            info_nce(
-                a,
-                v,
-                temperature=config.temperature,
-                symmetric=config.symmetric,
-                group=group if config.negatives == "global" else None,
-            )
+            torch.stack(
+                [loss(*pair) for pair in zip(a.chunk(halves, 1), v.chunk(halves, 1), strict=True)]
+            ).mean()
             for a, v in views
         ]
     )
@@ -145,9 +182,8 @@ class Objective(nn.Module):
         if errors is not None:
             for name, rows in zip(("mae_audio", "mae_video"), errors, strict=True):
                 views[name] = rows.view(config.num_views, -1).mean(dim=1)
-        pooled = {name: pool(x) for name, x in latents._asdict().items() if x is not None}
         if "contrastive" in self.terms:
-            audio, video = pooled["audio"], pooled["video"]
+            audio, video = contrast_features(config, latents)
             views["contrastive"] = (
                 contrast(audio, video)
                 if contrast is not None
@@ -155,6 +191,7 @@ class Objective(nn.Module):
             )
         terms = {name: values.sum() for name, values in views.items()}
         if "kd" in self.terms:
+            pooled = summaries(latents)
             joint_only = config.distill.on == "joint"
             streams = [pooled["joint"]] if joint_only else list(pooled.values())
             terms["kd"] = distillation(config.distill, config.num_views, streams)

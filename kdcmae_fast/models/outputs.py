@@ -46,17 +46,21 @@ class Latents(NamedTuple):
 
     joint: (K*B, keep_audio + keep_video, D), audio tokens first.
     audio: (K*B, keep_audio, D). video: (K*B, keep_video, D).
+    audio_cls, video_cls: (K*B, D), the CLS token of those passes where the model has one.
     """
 
     joint: Tensor | None
     audio: Tensor | None
     video: Tensor | None
+    audio_cls: Tensor | None = None
+    video_cls: Tensor | None = None
 
 
 class Features(NamedTuple):
     """Unmasked features; None for a modality that was not given.
 
-    audio, video: (B, D) mean over the tokens, not normalised, at least fp32.
+    audio, video: (B, D) the CLS token, or without one the mean over the tokens; not normalised,
+        at least fp32.
     audio_tokens: (B, L_audio, D). video_tokens: (B, L_video, D).
     """
 

@@ -128,13 +128,13 @@ def test_a_classifier_file_has_no_decoder(small, hints, tmp_path):
 def test_unknown_and_missing_keys_are_listed(small, hints, tmp_path):
     state = published_state(small())
     del state["blocks_a.1.mlp.fc2.bias"], state["norm_v.weight"]
-    state |= {"register_tokens": torch.zeros(2), "cls_token_a": torch.zeros(2)}
+    state |= {"fc_norm.weight": torch.zeros(2), "cls_token": torch.zeros(2)}
     save_file(state, tmp_path / "w.safetensors")
     with pytest.raises(ValueError) as caught:
         load_published(tmp_path / "w.safetensors", **hints)
     message = str(caught.value)
     assert "missing: blocks_a.1.mlp.fc2.bias, norm_v.weight; " in message
-    assert "unknown: " in message and "register_tokens" in message and "\n" not in message
+    assert "unknown: " in message and "fc_norm.weight" in message and "\n" not in message
 
 
 def test_settings_the_weights_cannot_tell(small, tmp_path):
@@ -144,8 +144,8 @@ def test_settings_the_weights_cannot_tell(small, tmp_path):
         load_published(path, num_mel_bins=32)
     with pytest.raises(ValueError, match="embed_dim=48 contradicts .* which has 24"):
         load_published(path, num_mel_bins=32, num_heads=3, decoder_num_heads=2, embed_dim=48)
-    with pytest.raises(ValueError, match="audio_length=80 contradicts .* which has 64"):
-        load_published(path, num_mel_bins=32, num_heads=3, decoder_num_heads=2, audio_length=80)
+    with pytest.raises(ValueError, match="img_size=64 contradicts .* which has 32"):
+        load_published(path, num_mel_bins=32, num_heads=3, decoder_num_heads=2, img_size=64)
     with pytest.raises(ValueError, match="name='sync' is not one of"):
         load_published(path, "sync")
 
