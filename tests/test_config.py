@@ -67,7 +67,7 @@ def test_settings_round_trip():
         ("optim.betas=0.9", "optim.betas=0.9: expected a list"),
         ("optim.name=sgd", "optim.name=\"sgd\": expected one of 'adam', 'adamw'"),
         ("model=3", "model=3: expected a group of settings"),
-        ("name=mae", "name=mae: expected one of cav_mae, kdc_mae"),
+        ("name=mae", "name=mae: expected one of cav_mae, kdc_mae, cav_mae_sync"),
         ("preset=huge", "preset=huge: expected one of tiny, small, base, large"),
     ],
 )
@@ -146,7 +146,16 @@ def test_committed_recipes(recipe):
     if recipe.stem != "demo":
         assert config.optim.betas == (0.95, 0.999)
         assert (config.optim.weight_decay, config.train.epochs) == (5e-7, 25)
-        assert config.optim.lr == (1e-4 if recipe.stem == "cav_mae_scale" else 5e-5)
+        rates = {"cav_mae_scale": 1e-4, "cav_mae_sync": 2e-4}
+        assert config.optim.lr == rates.get(recipe.stem, 5e-5)
+
+
+def test_cav_mae_sync_recipe():
+    """The system alone gives what the recipe spells out."""
+    recipe = load_config(CONFIGS / "cav_mae_sync.yaml", ["data.path=clips.json"])
+    assert recipe.model == load_config({**MINIMAL, "name": "cav_mae_sync"}).model
+    assert (recipe.model.audio_length, recipe.data.num_frames) == (416, 16)
+    assert (recipe.optim.schedule, recipe.optim.warmup) == ("cosine", 0.1)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -228,7 +228,13 @@ def _without_unused(
     if dropped:
         log.info("%s: dropped, the model has no use for %s", path, ", ".join(dropped))
     if dead:
-        log.info("%s: dropped %d norms that no output depends on", path, len(dead))
+        used = sum(bool((state[key] != float(key.endswith("weight"))).any()) for key in dead)
+        log.info(
+            "%s: dropped %d norms that no output depends on; %d of them not as initialised",
+            path,
+            len(dead),
+            used,
+        )
     gone = {*dead, *dropped}
     return {key: tensor for key, tensor in state.items() if key not in gone}
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kdcmae_fast.data.segments import take_segments
 from kdcmae_fast.models.cav_mae import CavMae
 
 

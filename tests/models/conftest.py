@@ -1,12 +1,15 @@
 """Golden inputs and results of the published models (tiny sizes, fp64 evaluation)."""
 
 import json
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from kdcmae_fast.convert import load_published
 from kdcmae_fast.kernels import complementary_masks
 from kdcmae_fast.models import Batch, build_model
 
@@ -111,3 +114,56 @@ def gradients():
         return losses, found
 
     return compute
+
+
+@pytest.fixture(scope="session")
+def published():
+    """published_shapes.py."""
+    path = Path(__file__).parent / "published_shapes.py"
+    return SimpleNamespace(**runpy.run_path(str(path)))
+
+
+@pytest.fixture(scope="session")
+def clips():
+    """Three clips of 0.96 s by a formula."""
+    b, t, f = torch.arange(3.0).double(), torch.arange(96).double(), torch.arange(128).double()
+    b = b[:, None, None]
+    fbank = torch.sin(0.05 * t[:, None] * (1 + 0.3 * b) + 0.1 * f + b)
+    b, c = b[..., None], torch.arange(3).double()[:, None, None]
+    y, x = torch.arange(224).double()[:, None], torch.arange(224).double()
+    frames = torch.cos(0.02 * (c + 1) * y * (1 + 0.2 * b) + 0.03 * x + b)
+    return Batch(fbank, frames, torch.arange(3))
+
+
+@pytest.fixture
+def formula_plans(published):
+    """For `clips`: the kept tokens i are those with the smallest 5 i mod L."""
+    plans = {}
+    for name, grid in (("audio", published.AUDIO_GRID), ("video", published.VIDEO_GRID)):
+        tokens = grid[0] * grid[1]
+        noise = (5 * torch.arange(tokens) % tokens).double().expand(3, -1)
+        plans[name] = complementary_masks(torch.arange(3), grid, 0.75, num_views=1, noise=noise)
+    return plans
+
+
+@pytest.fixture
+def load(tmp_path, published):
+    """A published model on weights by the formula, from the shapes of its tensors."""
+
+    def make(shapes, name=None, **overrides):
+        path = tmp_path / "formula.safetensors"
+        save_file(published.formula_weights(shapes), path)
+        return load_published(path, name, **(published.HEADS | overrides))
+
+    return make
+
+
+@pytest.fixture
+def near():
+    """Within 1e-7 of figures given to eight or nine digits."""
+
+    def check(value, expected):
+        expected = torch.tensor(expected, dtype=torch.float64)
+        torch.testing.assert_close(value.detach(), expected, rtol=0, atol=1e-7)
+
+    return check

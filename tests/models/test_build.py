@@ -53,7 +53,10 @@ def test_distill_changes_only_the_given_fields(shapes_only):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"name": "cavmae"}, "name='cavmae' is not one of cav_mae, kdc_mae, cav_mae_sync, cav_mae_classifier"),
+        (
+            {"name": "cavmae"},
+            "name='cavmae' is not one of cav_mae, kdc_mae, cav_mae_sync, cav_",
+        ),
         ({"preset": "huge"}, "preset='huge' is not one of tiny, small, base, large"),
         ({"embed_size": 3}, "embed_size: unknown setting"),
         ({"views": "both"}, "views='both'"),
