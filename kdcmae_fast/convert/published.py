@@ -47,6 +47,8 @@ from .mae import (
 )
 from .positions import EXACT, distance_from_sincos, resize_positions
 
+# What weights without such tokens leave to the model that starts from them.
+TOKEN_SETTINGS = ("cls_token", "num_registers", "contrast_head_depth")
 HEAD_WEIGHTS = ("mlp_head.1.weight", "classifier_head.weight")
 
 log = logging.getLogger("kdcmae_fast.convert")
@@ -82,10 +84,10 @@ def load_published(
         fixed, guessed = infer(state, config_overrides)
     except KeyError as error:
         raise ValueError(f"{path} has no {error.args[0]}: cannot read the sizes from it") from None
-    if _warms_up(name, state):
-        found = fixed.keys() | guessed.keys()
-        for key in system_settings(name).keys() & found:
-            fixed.pop(key, None), guessed.pop(key, None)
+    if not _has_extra_tokens(state):
+        fixed = {key: value for key, value in fixed.items() if key not in TOKEN_SETTINGS}
+        if system_settings(name).get("cls_token"):  # its own, not that of where it starts from
+            guessed.pop("audio_length", None)
     check_overrides(fixed, config_overrides, str(path))
     config = merge_config({**system_settings(name), **fixed, **guessed}, config_overrides)
     if name in CLASSIFIER_CLASSES and num_classes is None:
@@ -174,11 +176,6 @@ def _has_extra_tokens(state: Mapping[str, Tensor]) -> bool:
     """Whether the file itself is a CAV-MAE Sync, and not what one may start from."""
     start = is_mae(state) or is_renamed_mae(state)
     return not start and any(is_extra_token(key) for key in state)
-
-
-def _warms_up(name: str, state: Mapping[str, Tensor]) -> bool:
-    """Whether a Sync model starts from weights of a system without its tokens."""
-    return bool(system_settings(name).get("cls_token")) and not _has_extra_tokens(state)
 
 
 def _fill(model: Model, state: dict[str, Tensor], path: str) -> None:

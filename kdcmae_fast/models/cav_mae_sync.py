@@ -13,6 +13,9 @@ class CavMaeSync(CavMae):
     pass, which the reconstruction starts from; registers end before the shared blocks, or with
     `keep_registers` behind their single-modality passes. Everything else is `CavMae`'s.
 
+    With `frames_per_clip` n > 1 a batch has n rows of each clip, side by side; sample ids that
+    differ give them masks of their own. `within_clip` says what they are to each other in InfoNCE.
+
     `encode(...).audio` and `.video` are the CLS tokens, `.audio_tokens` and `.video_tokens` those
     of the patches.
     """

@@ -72,23 +72,30 @@ class CavMaeSyncClassifier(PretrainedModel):
         T is free. The modality that `classifier_input` leaves out may be None.
         """
         used = self.config.classifier_input
-        given = {"audio": fbank, "video": frames}
-        tokens = {}
-        for modality in ("audio", "video") if used == "multimodal" else (used,):
-            pixels, name = given[modality], {"audio": "fbank", "video": "frames"}[modality]
-            if pixels is None:
-                raise ValueError(f"classifier_input={used!r} needs {name}, got None")
-            if pixels.ndim != (4 if modality == "audio" else 5):
-                kind = "(B, T, audio_length, F)" if modality == "audio" else "(B, T, 3, H, W)"
-                raise ValueError(f"{name} must be {kind}, got {tuple(pixels.shape)}")
-            tokens[modality] = (getattr(self.encoder, modality)(pixels.flatten(0, 1)), pixels.shape)
-        shapes = {name: tuple(shape[:2]) for name, (_, shape) in tokens.items()}
+        clips: dict[str, Tensor] = {}
+        if used in ("multimodal", "audio"):
+            clips["audio"] = self._given("fbank", fbank, 4, "(B, T, audio_length, F)")
+        if used in ("multimodal", "video"):
+            clips["video"] = self._given("frames", frames, 5, "(B, T, 3, H, W)")
+        shapes = {modality: tuple(pixels.shape[:2]) for modality, pixels in clips.items()}
         if len(set(shapes.values())) > 1:
             raise ValueError(
                 f"fbank and frames differ in clips and frames per clip (B, T): {shapes}"
             )
-        vectors = [self._vector(x).unflatten(0, shape[:2]) for x, shape in tokens.values()]
-        return self.aggregator(torch.cat(vectors, dim=-1))
+        vectors = [
+            self._vector(getattr(self.encoder, modality)(pixels.flatten(0, 1)))
+            for modality, pixels in clips.items()
+        ]
+        return self.aggregator(torch.cat(vectors, dim=-1).unflatten(0, next(iter(shapes.values()))))
+
+    def _given(self, name: str, pixels: Tensor | None, ndim: int, shape: str) -> Tensor:
+        if pixels is None:
+            raise ValueError(
+                f"classifier_input={self.config.classifier_input!r} needs {name}, got None"
+            )
+        if pixels.ndim != ndim:
+            raise ValueError(f"{name} must be {shape}, got {tuple(pixels.shape)}")
+        return pixels
 
     def _vector(self, tokens: Tensor) -> Tensor:
         """Tokens of one modality's private blocks -> one vector per frame, (B*T, D)."""

@@ -122,7 +122,11 @@ def test_under_cav_mae_names(saved):
     del state["pos_embed_a"], state["decoder_pos_embed_a"]
     state |= {"cls_token_a": torch.zeros(1, 1, DIM), "cls_token_v": torch.zeros(1, 1, DIM)}
     second = load_published(saved(state), **SETTINGS)
-    assert second.name == "cav_mae"
+    assert second.name == "cav_mae" and first.state_dict().keys() == second.state_dict().keys()
+    state["cls_token_a"] += 1
+    sync = load_published(saved(state), "cav_mae_sync", **SETTINGS)
+    assert (sync.encoder.audio.tokens.cls == 1).all()
+    assert not sync.encoder.video.tokens.cls.any()
     for key, tensor in first.state_dict().items():
         if "modality" not in key:
             assert torch.equal(tensor, second.state_dict()[key]), key

@@ -173,8 +173,8 @@ _TOKENS = ("cls", "registers")
 
 def test_warm_start_takes_the_length_of_the_system(small, hints, tmp_path):
     export_published(small("cav_mae"), tmp_path / "w.pth")
-    model = load_published(tmp_path / "w.pth", "cav_mae_sync", **hints)
-    assert model.config.audio_length == 416
+    model = load_published(tmp_path / "w.pth", "cav_mae_sync", contrast_head_depth=1, **hints)
+    assert model.config.audio_length == 416 and len(model.encoder.shared.heads["video"]) == 1
 
 
 def test_another_length(small, same_state, hints, tmp_path):

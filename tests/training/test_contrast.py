@@ -60,8 +60,14 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"symmetric": True}, {"loss_weighting": "uncertainty"}, {"num_views": 3}],
-    ids=["one-sided", "symmetric", "uncertainty", "three views"],
+    [
+        {},
+        {"symmetric": True},
+        {"loss_weighting": "uncertainty"},
+        {"num_views": 3},
+        {"cls_token": True, "num_registers": 2, "global_local": True, "frames_per_clip": 3},
+    ],
+    ids=["one-sided", "symmetric", "uncertainty", "three views", "frames of clips"],
 )
 def test_accumulated_equals_one_batch(overrides):
     torch.manual_seed(0)
