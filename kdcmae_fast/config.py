@@ -134,9 +134,11 @@ class ModelConfig:
         widths = (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads"))
         _require_positive(self, *sizes, "patch_size", *sum(widths, ()), "mlp_ratio", "temperature")
         _require_positive(self, "classifier_heads")
-        _require_range(self, 1, inf, "num_views", "shared_depth", "frames_per_clip")
+        _require_range(
+            self, 1, inf, "num_views", "shared_depth", "frames_per_clip", "classifier_depth"
+        )
         _require_range(self, 0, inf, "modality_depth", "decoder_depth", "contrast_head_depth")
-        _require_range(self, 0, inf, "num_registers", "register_std", "classifier_depth")
+        _require_range(self, 0, inf, "num_registers", "register_std")
         weights = ("mae_loss_weight", "contrast_loss_weight", "kd_loss_weight")
         _require_range(self, 0, inf, *weights)
         _require_range(self, 0, 1, "mask_ratio", "audio_mask_ratio", "video_mask_ratio")

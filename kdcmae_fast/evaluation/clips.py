@@ -1,12 +1,14 @@
 """Features of all frames of a clip, and of the sound around each (CAV-MAE Sync)."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdcmae_fast.data.segments import take_segments
-from kdcmae_fast.models.cav_mae import CavMae
+
+if TYPE_CHECKING:
+    from kdcmae_fast.models.cav_mae import CavMae
 
 
 class FrameFeatures(NamedTuple):
@@ -17,7 +19,7 @@ class FrameFeatures(NamedTuple):
 
 
 def encode_clip(
-    model: CavMae, fbank: Tensor, frames: Tensor, starts: Tensor, *, rows_per_pass: int = 64
+    model: "CavMae", fbank: Tensor, frames: Tensor, starts: Tensor, *, rows_per_pass: int = 64
 ) -> FrameFeatures:
     """`model.encode` of every frame and its segment; each distinct segment of a clip only once.
 

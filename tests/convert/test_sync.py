@@ -81,6 +81,31 @@ def test_export_then_load_is_the_identity(small, same_state, hints, tmp_path, op
     same_state(loaded, model)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_registers": 4, "audio_length": 96}, {"contrast_head_depth": 2, "audio_length": 192}],
+)
+def test_published_shapes_round_trip(tmp_path, options):
+    """At full size: about 0.8 GB of weights each."""
+    source = published_size("cav_mae_sync", **options)[2]
+    state = {key: torch.full(t.shape, 0.5) for key, t in source.items()}
+    for suffix, length in (("a", options.get("audio_length", 416) // 16), ("v", 14)):
+        for key, width in ((f"pos_embed_{suffix}", 768), (f"decoder_pos_embed_{suffix}", 512)):
+            grid = (8 if suffix == "a" else 14, length)
+            state[key] = sincos_positions(width, grid).float()[None]
+    torch.save({f"module.{key}": t for key, t in state.items()}, tmp_path / "in.pth")
+    model = load_published(tmp_path / "in.pth")
+    for name, value in ({"audio_length": 416, "num_registers": 8} | options).items():
+        assert getattr(model.config, name) == value
+    assert (model.config.num_heads, model.config.decoder_num_heads) == (12, 16)
+    after = published_state(model)
+    assert after.keys() == state.keys()
+    for key, tensor in after.items():
+        assert tensor.shape == state[key].shape
+        assert is_dead(key) or torch.equal(tensor, state[key]), key
+
+
 def test_load_then_export_keeps_every_live_tensor(small, hints, tmp_path):
     before = {key: torch.randn_like(t) for key, t in published_state(small("cav_mae_sync")).items()}
     save_file(before, tmp_path / "in.safetensors")
