@@ -6,12 +6,14 @@ window, per-frame DC removal, pre-emphasis, power spectrum, triangular mel filte
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 LOG_FLOOR = torch.finfo(torch.float32).eps  # filter energies below it are raised to it
 CPU_ROWS = 1024  # fbank rows computed together on a CPU
+MEL_BLOCKS = 4  # groups of mel filters multiplied apart on a CPU
 
 
 def num_fbank_frames(num_samples: int, sample_rate: int = 16_000) -> int:
@@ -28,8 +30,8 @@ def remove_mean(waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
     if lengths is None:
         return waveforms - waveforms.mean(1, keepdim=True)
     mean = waveforms.sum(1, keepdim=True) / lengths.clamp(min=1).unsqueeze(1)
-    inside = torch.arange(waveforms.shape[1], device=waveforms.device) < lengths.unsqueeze(1)
-    return torch.where(inside, waveforms - mean, 0)
+    outside = torch.arange(waveforms.shape[1], device=waveforms.device) >= lengths.unsqueeze(1)
+    return (waveforms - mean).masked_fill_(outside, 0)
 
 
 def kaldi_fbank(
@@ -41,51 +43,102 @@ def kaldi_fbank(
     low_freq: float = 20.0,
     high_freq: float | None = None,
     preemphasis: float = 0.97,
+    num_rows: int | None = None,
+    center: bool = False,
 ) -> Tensor:
     """Log-mel filterbanks (B, frames, num_mel_bins) of a batch of waveforms.
 
-    waveforms: (B, N) float32 or float64 in [-1, 1]; remove each clip's mean first (`remove_mean`).
+    waveforms: (B, N) float32 or float64 in [-1, 1].
     lengths: (B,) int64, samples that belong to each clip; rows with samples beyond it are 0.
         None: all N do.
     sample_rate: Hz. low_freq, high_freq: range of the mel filters in Hz (None: Nyquist).
     preemphasis: each sample loses this share of the one before it.
+    num_rows: rows of the result, cut or filled up with zeros (None: as many as there are).
+    center: subtract each clip's own mean first, as `remove_mean` does.
     Frames: 1 + (N - 25 ms) // 10 ms. Raises ValueError for clips shorter than one frame.
     """
     _check(waveforms, sample_rate, num_mel_bins)
     length, shift = _frame_sizes(sample_rate)
     top = sample_rate / 2 if high_freq is None else high_freq
     dtype, device = waveforms.dtype, waveforms.device
-    filters = mel_filters(sample_rate, num_mel_bins, low_freq, top, dtype).to(device)
+    # One product on a GPU; on a CPU several, which skip most of the filters' zeros.
+    blocks = MEL_BLOCKS if device.type == "cpu" else 1
+    filters = _filter_blocks(sample_rate, num_mel_bins, low_freq, top, dtype, device, blocks)
     window = torch.hann_window(length, periodic=False, dtype=dtype, device=device)
+    found = num_fbank_frames(waveforms.shape[1], sample_rate)
+    num_rows = found if num_rows is None else num_rows
+    kept = min(found, num_rows)
+    fbank = waveforms.new_empty(waveforms.shape[0], num_rows, num_mel_bins)
+    fbank[:, kept:] = 0
     # On a CPU a few clips at a time stay in its cache: twice as fast as the batch at once.
-    rows_each = num_fbank_frames(waveforms.shape[1], sample_rate)
-    step = max(1, CPU_ROWS // rows_each) if device.type == "cpu" else max(1, waveforms.shape[0])
-    parts = [_log_mel(w, window, shift, preemphasis, filters) for w in waveforms.split(step)]
-    fbank = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if lengths is None:
-        return fbank
-    rows = (lengths.to(fbank.device) - length).div(shift, rounding_mode="floor") + 1
-    inside = torch.arange(fbank.shape[1], device=fbank.device) < rows.unsqueeze(1)
-    return fbank.mul_(inside.unsqueeze(2))
+    step = max(1, CPU_ROWS // found) if device.type == "cpu" else max(1, waveforms.shape[0])
+    lengths = None if lengths is None else lengths.to(device)
+    for first in range(0, waveforms.shape[0], step):
+        clips = slice(first, first + step)
+        part = waveforms[clips]
+        if center:
+            part = remove_mean(part, None if lengths is None else lengths[clips])
+        _log_mel(part, window, shift, preemphasis, filters, fbank[clips, :kept])
+    if lengths is not None:
+        rows = (lengths - length).div(shift, rounding_mode="floor") + 1
+        outside = torch.arange(kept, device=device) >= rows.unsqueeze(1)
+        fbank[:, :kept].masked_fill_(outside.unsqueeze(2), 0)
+    return fbank
 
 
 def _log_mel(
-    waveforms: Tensor, window: Tensor, shift: int, preemphasis: float, filters: Tensor
-) -> Tensor:
-    """(b, N) -> (b, frames, mel bins); the roundings are those of the per-frame definition."""
-    length = len(window)
-    frames = waveforms.unfold(1, length, shift)
-    fft_size = _fft_size(length)
-    padded = waveforms.new_empty(*frames.shape[:2], fft_size)
-    padded[..., length:] = 0
-    signal = padded[..., :length]
-    torch.sub(frames, frames.mean(2, keepdim=True), out=signal)
-    # The first sample would be its own predecessor, but the window is 0 there.
-    signal[..., 1:].sub_(signal[..., :-1] * preemphasis)
-    signal.mul_(window)
-    spectrum = torch.fft.rfft(padded)
-    power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
-    return (power @ filters).clamp_(min=LOG_FLOOR).log_()
+    waveforms: Tensor,
+    window: Tensor,
+    shift: int,
+    preemphasis: float,
+    filters: tuple["FilterBlock", ...],
+    out: Tensor,
+) -> None:
+    """(b, N) -> out (b, frames, mel bins); the roundings are those of the per-frame definition."""
+    length, rows = len(window), out.shape[1]
+    frames = waveforms.unfold(1, length, shift)[:, :rows]
+    centered = frames - frames.mean(2, keepdim=True)
+    padded = waveforms.new_zeros(*frames.shape[:2], _fft_size(length))
+    # The window is 0 at a frame's first sample, which has no predecessor: it stays 0.
+    signal = padded[..., 1:length]
+    torch.sub(centered[..., 1:], centered[..., :-1], alpha=preemphasis, out=signal)
+    signal.mul_(window[1:])
+    parts = torch.view_as_real(torch.fft.rfft(padded)).square_()
+    power = (parts[..., 0] + parts[..., 1]).flatten(0, 1)
+    energies = power.new_empty(len(power), out.shape[2])
+    for block in filters:
+        torch.mm(power[:, block.bins], block.weights, out=energies[:, block.filters])
+    torch.clamp(energies.view_as(out), min=LOG_FLOOR, out=out).log_()
+
+
+class FilterBlock(NamedTuple):
+    """Neighbouring mel filters: their columns, the FFT bins they touch, (bins, filters) weights."""
+
+    filters: slice
+    bins: slice
+    weights: Tensor
+
+
+@functools.lru_cache(maxsize=16)
+def _filter_blocks(
+    sample_rate: int,
+    num_mel_bins: int,
+    low_freq: float,
+    high_freq: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_blocks: int,
+) -> tuple[FilterBlock, ...]:
+    """`mel_filters` in blocks of neighbours, each without the FFT bins that none of it weighs."""
+    whole = mel_filters(sample_rate, num_mel_bins, low_freq, high_freq, dtype)
+    size = -(-num_mel_bins // num_blocks)
+    blocks = []
+    for first in range(0, num_mel_bins, size):
+        columns = slice(first, min(first + size, num_mel_bins))
+        touched = whole[:, columns].any(1).nonzero()
+        bins = slice(int(touched[0]), int(touched[-1]) + 1) if len(touched) else slice(0, 1)
+        blocks.append(FilterBlock(columns, bins, whole[bins, columns].contiguous().to(device)))
+    return tuple(blocks)
 
 
 @functools.lru_cache(maxsize=16)

@@ -8,7 +8,7 @@ from torch import Tensor
 from kdcmae_fast.batch import Batch
 from kdcmae_fast.config import DataConfig, ModelConfig
 from kdcmae_fast.data.bad import BadClip
-from kdcmae_fast.data.fbank import kaldi_fbank, remove_mean
+from kdcmae_fast.data.fbank import kaldi_fbank
 
 
 class RawBatch(NamedTuple):
@@ -53,8 +53,11 @@ class FrontEnd:
 
     def fbank(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, N) at 16 kHz, (B,) or None -> (B, audio_length, num_mel_bins), normalised."""
-        rows = kaldi_fbank(remove_mean(waveforms, lengths), lengths, num_mel_bins=self.num_mel_bins)
-        rows = rows[:, : self.audio_length]
-        missing = self.audio_length - rows.shape[1]
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
+        rows = kaldi_fbank(
+            waveforms,
+            lengths,
+            num_mel_bins=self.num_mel_bins,
+            num_rows=self.audio_length,
+            center=True,
+        )
         return rows.sub_(self.mean).div_(self.std)

@@ -153,9 +153,10 @@ def finish_waveform(samples: NDArray[np.float32], rate: int, options: MediaOptio
     if len(mono) < MIN_SECONDS * rate:
         found = f"{len(mono) / rate:.2f} s"
         raise MediaError(f"sound is {found} long, less than {MIN_SECONDS} s", "too_short")
-    if not np.isfinite(mono).all():
+    low, high = mono.min(), mono.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
         raise MediaError("sound has values that are not numbers")
-    if options.reject_silence and np.abs(mono - mono.mean()).max() <= SILENCE_PEAK:
+    if options.reject_silence and max(high - mono.mean(), mono.mean() - low) <= SILENCE_PEAK:
         raise MediaError("digital silence", "silent")
     waveform = torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))
     return resample(waveform, rate, SAMPLE_RATE)
@@ -183,6 +184,8 @@ def fit_picture(pixels: NDArray[np.uint8], img_size: int) -> Tensor:
     from PIL import Image
 
     height, width = pixels.shape[:2]
+    if height == width == img_size:
+        return _channels_first(pixels)
     scale = img_size / min(height, width)
     size = max(img_size, round(width * scale)), max(img_size, round(height * scale))
     image = Image.fromarray(pixels)
@@ -190,4 +193,8 @@ def fit_picture(pixels: NDArray[np.uint8], img_size: int) -> Tensor:
         image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (size[0] - img_size) // 2, (size[1] - img_size) // 2
     crop = np.asarray(image)[top : top + img_size, left : left + img_size]
-    return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))
+    return _channels_first(crop)
+
+
+def _channels_first(pixels: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))

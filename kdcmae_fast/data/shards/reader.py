@@ -160,8 +160,10 @@ class ShardClips:
             array = np.load(io.BytesIO(data), allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise MediaError(f"{where}: cannot read the sound: {error}") from error
-        part = array[first : first + wanted].astype(np.float32)
-        return finish_waveform(part[None], SAMPLE_RATE, self.options), window
+        if array.dtype != np.float16 or array.ndim != 1:
+            raise MediaError(f"{where}: {array.dtype} {array.shape} is not (N,) float16")
+        part = torch.from_numpy(array[first : first + wanted]).float()  # far quicker than NumPy's
+        return finish_waveform(part.numpy()[None], SAMPLE_RATE, self.options), window
 
     def _picture(self, shard: int, row: Row, k: int) -> Tensor:
         start, size = (int(value) for value in row.frames[k])
