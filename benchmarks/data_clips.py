@@ -26,8 +26,14 @@ def make_clips(root: Path, count: int) -> None:
                         "video_path": str(files), "labels": "/m/a"})  # fmt: skip
         clips.append(
             PreparedClip(
-                id=name, source=name, start=0.0, seconds=SECONDS, frames=[_prepared(picture)],
-                frame_times=[SECONDS / 2], waveform=waveform, labels=("/m/a",),
+                id=name,
+                source=name,
+                start=0.0,
+                seconds=SECONDS,
+                frames=[_prepared(picture)],
+                frame_times=[SECONDS / 2],
+                waveform=waveform,
+                labels=("/m/a",),
             )  # fmt: skip
         )
     (root / "train.json").write_text(json.dumps({"data": entries}))

@@ -231,11 +231,18 @@ class DataConfig:
     reject_silence: bool = True  # a clip of digital silence counts as bad
     max_bad_share: float = 0.05  # of the clips tried; past it the run stops
     num_workers: int = 2  # loader processes per rank
+    # Balanced: drawn with replacement, rare labels as often as common ones.
+    sampling: Literal["uniform", "balanced"] = "uniform"
+    # Augmentation; how is in data/augment.py
+    mixup: float = 0.0  # share of clips mixed with another
+    freq_mask: int = 0  # mel bins, widest masked band
+    time_mask: int = 0  # rows of 10 ms, widest masked stretch
+    noise: bool = False  # noise and a circular roll in time, after normalisation
 
     def __post_init__(self) -> None:
         _require_positive(self, "num_clips", "num_frames", "dataset_std", "shuffle_window")
-        _require_range(self, 0, 1, "max_bad_share")
-        _require_range(self, 0, float("inf"), "num_workers")
+        _require_range(self, 0, 1, "max_bad_share", "mixup")
+        _require_range(self, 0, float("inf"), "num_workers", "freq_mask", "time_mask")
         _require(
             self.source == "synthetic" or self.path != "",
             f"path='': data.source={self.source} needs data.path",

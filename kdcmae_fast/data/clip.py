@@ -13,6 +13,7 @@ FRAME_LENGTH = 400  # samples: 25 ms
 ORDER_STREAM = 1  # epoch orders
 FRAME_STREAM = 2  # which frame and which window of a clip
 SCENE_STREAM = 3  # what a synthetic clip shows
+AUGMENT_STREAM = 4  # what augmentation does to a clip
 
 
 class Clip(NamedTuple):
@@ -20,7 +21,7 @@ class Clip(NamedTuple):
 
     video_id: the clip's name in reports. index: its position in the dataset.
     waveform: (N,) float32 at 16 kHz, in [-1, 1]. frame: (3, H, W) uint8, RGB.
-    label: class number, -1 when unknown.
+    label: class number, the first of its labels; -1 when unknown. classes: the numbers of all.
     """
 
     video_id: str
@@ -28,6 +29,7 @@ class Clip(NamedTuple):
     waveform: Tensor
     frame: Tensor
     label: int
+    classes: tuple[int, ...] = ()
 
 
 class ClipError(Exception):
@@ -43,7 +45,10 @@ class ClipError(Exception):
 
 
 class ClipDataset(Protocol):
-    """Clips by number. `read` is a function of (seed, epoch, index) only."""
+    """Clips by number. `read` is a function of (seed, epoch, index) only.
+
+    Optional, for sampling by label: `label_sets()`, every clip's labels, and `weight_file`, a Path.
+    """
 
     def __len__(self) -> int: ...
 

@@ -1,6 +1,6 @@
 """From a dataset to an endless stream of batches whose content depends on the seed alone.
 
-The order of an epoch is a permutation drawn from (seed, epoch). Micro step s takes the next
+The order of an epoch is drawn from (seed, epoch). Micro step s takes the next
 G = micro_batch_size * world_size places of it, rank r the r-th part of those; what is left over at
 the end of an epoch (less than G) waits for another epoch's order. Workers, ranks and resuming share
 this one arithmetic, so none of them can change which clips a step sees.
@@ -9,87 +9,42 @@ this one arithmetic, so none of them can change which clips a step sees.
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import count
+from collections.abc import Iterable, Iterator
+from itertools import chain, count, islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kdcmae_fast.config import DataConfig
+from kdcmae_fast.data.augment import (
+    Augment,
+    ClipDraws,
+    classes_of,
+    collate_draws,
+    draws_of,
+    is_augmenting,
+    pad,
+)
 from kdcmae_fast.data.bad import BadClip, TooManyBadClips
-from kdcmae_fast.data.clip import ORDER_STREAM, Clip, ClipDataset, ClipError, keyed_rng
+from kdcmae_fast.data.clip import AUGMENT_STREAM, Clip, ClipDataset, ClipError, keyed_rng
 from kdcmae_fast.data.frontend import RawBatch
+from kdcmae_fast.data.order import StepOrder
+from kdcmae_fast.data.sampling import sampling_weights
 
 MAX_SUBSTITUTES = 50  # clips tried in place of one bad clip before the run stops
 PREFETCH = 4  # batches each worker keeps ready
 
 
-@dataclass(frozen=True)
-class StepOrder:
-    """Which clips each rank reads at each micro step; numbers only.
-
-    num_clips: of the dataset. global_size: clips of a micro step over all ranks.
-    shard_sizes: clips of each shard, () without shards. window: clips shuffled together then.
-    """
-
-    num_clips: int
-    global_size: int
-    seed: int
-    shard_sizes: tuple[int, ...] = ()
-    window: int = 0
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Micro steps of one epoch."""
-        return self.num_clips // self.global_size
-
-    def epoch_order(self, epoch: int) -> Tensor:
-        """(num_clips,) int64, clips in the order of `epoch`.
-
-        Shards come in random order, and clips are shuffled within windows of that sequence: the
-        clips read together lie in few shards, and the order is still known without reading any.
-        """
-        rng = keyed_rng(self.seed, ORDER_STREAM, epoch)
-        if not self.shard_sizes:
-            return torch.from_numpy(rng.permutation(self.num_clips))
-        sizes = np.asarray(self.shard_sizes)
-        ends = np.cumsum(sizes)
-        shards = rng.permutation(len(sizes))
-        clips = np.concatenate([np.arange(ends[s] - sizes[s], ends[s]) for s in shards])
-        window = np.arange(self.num_clips) // self.window
-        return torch.from_numpy(clips[np.lexsort((rng.random(self.num_clips), window))])
-
-    def place(self, step: int) -> tuple[int, int]:
-        """Epoch of micro step `step`, and the place in its order where the step begins."""
-        epoch, step = divmod(step, self.steps_per_epoch)
-        return epoch, step * self.global_size
-
-    def substitutes(self, place: int) -> Iterator[int]:
-        """Places to try, in order, when the clip at `place` is bad; none is in the same step.
-
-        First the same slot of the steps after it, round to those before: two slots of one step can
-        never get the same clip that way. Only then (very small or very bad datasets) the others.
-        """
-        size = self.global_size
-        step = place // size
-        for later in range(1, self.steps_per_epoch):
-            yield (place + later * size) % (self.steps_per_epoch * size)
-        for other in range(place + 1, place + self.num_clips):
-            other %= self.num_clips
-            in_slot = other < self.steps_per_epoch * size and (other - place) % size == 0
-            if other // size != step and not in_slot:
-                yield other
-
-
 class _Steps(Dataset[RawBatch | str]):
     """Item s is rank `rank`'s RawBatch of micro step s, or the message of a fatal error."""
 
-    def __init__(self, dataset: ClipDataset, order: StepOrder, size: int, rank: int) -> None:
+    def __init__(
+        self, dataset: ClipDataset, data: DataConfig, order: StepOrder, size: int, rank: int
+    ) -> None:
         self.dataset = dataset
+        self.data = data
         self.order = order
         self.size = size
         self.rank = rank
@@ -102,24 +57,45 @@ class _Steps(Dataset[RawBatch | str]):
         bad: list[BadClip] = []
         try:
             clips = [self._clip(epoch, start + slot, bad) for slot in range(self.size)]
+            augment = self._augment(epoch, start, clips, bad) if is_augmenting(self.data) else None
         except TooManyBadClips as error:
             return str(error)
-        return collate(clips, tuple(bad))
+        return collate(clips, tuple(bad), augment)
+
+    def _places(self, epoch: int) -> Tensor:
+        if self._epoch_order is None or self._epoch_order[0] != epoch:
+            self._epoch_order = epoch, self.order.epoch_order(epoch)
+        return self._epoch_order[1]
 
     def _clip(self, epoch: int, place: int, bad: list[BadClip]) -> Clip:
         """The clip at `place`, or the first good one of its substitutes."""
-        if self._epoch_order is None or self._epoch_order[0] != epoch:
-            self._epoch_order = epoch, self.order.epoch_order(epoch)
-        places = self._epoch_order[1]
+        places = self._places(epoch)
+        others = islice(self.order.substitutes(place), MAX_SUBSTITUTES)
+        candidates = (int(places[other]) for other in chain([place], others))
+        return self._first_good(candidates, self.order.visit(epoch, place), bad)
+
+    def _augment(self, epoch: int, start: int, clips: list[Clip], bad: list[BadClip]) -> Augment:
+        """What will happen to each clip, and the clips to mix them with."""
+        places = self._places(epoch)
+        draws: list[ClipDraws] = []
+        for place, clip in enumerate(clips, start):
+            visit = self.order.visit(epoch, place)
+            rng = keyed_rng(self.order.seed, AUGMENT_STREAM, visit, clip.index)
+            drawn = draws_of(rng, self.data)
+            if drawn.weight < 1:
+                others = (
+                    self.order.partner(places, place, rng) for _ in range(MAX_SUBSTITUTES + 1)
+                )
+                drawn = drawn._replace(partner=self._first_good(others, visit, bad))
+            draws.append(drawn)
+        return collate_draws(draws)
+
+    def _first_good(self, candidates: Iterable[int], visit: int, bad: list[BadClip]) -> Clip:
+        """The first of the clips that can be read; the others are added to `bad`."""
         reasons: list[str] = []
-        try:
-            return self.dataset.read(int(places[place]), epoch)
-        except ClipError as error:
-            bad.append(BadClip(error.video_id, error.reason))
-            reasons.append(str(error))
-        for _, other in zip(range(MAX_SUBSTITUTES), self.order.substitutes(place), strict=False):
+        for index in candidates:
             try:
-                return self.dataset.read(int(places[other]), epoch)
+                return self.dataset.read(index, visit)
             except ClipError as error:
                 bad.append(BadClip(error.video_id, error.reason))
                 reasons.append(str(error))
@@ -173,7 +149,8 @@ def make_loader(
 
     start_sample: clips all ranks have consumed so far; the stream goes on there. With an equal
     micro_batch_size * world_size it goes on exactly, whatever the number of ranks.
-    data.num_workers: processes that read ahead (0: read in this one).
+    data.num_workers: processes that read ahead (0: read in this one). data.sampling, data.mixup,
+    data.freq_mask, data.time_mask, data.noise: as DataConfig says; FrontEnd applies the last four.
     A clip that raises ClipError is replaced and listed in the batch's `bad`.
     Raises ValueError for a dataset smaller than one global batch and for impossible numbers.
     """
@@ -197,11 +174,12 @@ def make_loader(
             f"{global_size}: resume with the batch size the run was started with"
         )
     sizes = getattr(dataset, "shard_sizes", ())
-    order = StepOrder(len(dataset), global_size, seed, sizes, data.shuffle_window)
+    weights = sampling_weights(dataset) if data.sampling == "balanced" else None
+    order = StepOrder(len(dataset), global_size, seed, sizes, data.shuffle_window, weights)
     workers = data.num_workers
     return Loader(
         DataLoader(
-            _Steps(dataset, order, micro_batch_size, rank),
+            _Steps(dataset, data, order, micro_batch_size, rank),
             sampler=_FromStep(start_sample // global_size),
             batch_size=None,
             num_workers=workers,
@@ -216,16 +194,19 @@ def make_loader(
     )
 
 
-def collate(clips: list[Clip], bad: tuple[BadClip, ...] = ()) -> RawBatch:
+def collate(
+    clips: list[Clip], bad: tuple[BadClip, ...] = (), augment: Augment | None = None
+) -> RawBatch:
     """Clips as one batch, waveforms filled up with zeros to the longest."""
-    lengths = torch.tensor([len(clip.waveform) for clip in clips])
     return RawBatch(
-        waveforms=torch.nn.utils.rnn.pad_sequence([c.waveform for c in clips], batch_first=True),
-        lengths=lengths,
+        waveforms=pad([clip.waveform for clip in clips]),
+        lengths=torch.tensor([len(clip.waveform) for clip in clips]),
         frames=torch.stack([clip.frame for clip in clips]),
         sample_ids=torch.tensor([clip.index for clip in clips]),
         labels=torch.tensor([clip.label for clip in clips]),
         bad=bad,
+        classes=classes_of(clips),
+        augment=augment,
     )
 
 

@@ -8,6 +8,8 @@ The JSON is {"data": [{"video_id", "wav", "video_path", "labels"}, ...]}; frame 
 import csv
 import json
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,19 +32,21 @@ class Entry(NamedTuple):
     video_id: str
     wav: str
     video_path: str
-    label: int
+    classes: tuple[int, ...]
 
 
 class ManifestClips:
     """Clips of a JSON list; each epoch takes another of a clip's frames.
 
     path: the JSON file. label_csv: "" when labels do not matter (they are -1 then).
-    A clip's class is the first of its labels.
+    A clip's class is the first of its labels. `<name>_weight.csv` beside <name>.json: one sampling
+    weight per clip, for data.sampling=balanced.
     """
 
     def __init__(self, path: str, label_csv: str, options: MediaOptions, *, seed: int) -> None:
         self.options = options
         self.seed = seed
+        self.weight_file = Path(path).with_name(f"{Path(path).stem}_weight.csv")
         classes = read_label_csv(label_csv) if label_csv else None
         self.entries = read_manifest(path, classes)
 
@@ -65,7 +69,12 @@ class ManifestClips:
             frame = read_picture(path, self.options.img_size)
         except MediaError as error:
             raise ClipError(entry.video_id, str(error)) from error
-        return Clip(entry.video_id, index, waveform, frame, entry.label)
+        label = entry.classes[0] if entry.classes else -1
+        return Clip(entry.video_id, index, waveform, frame, label, entry.classes)
+
+    def label_sets(self) -> Iterator[tuple[int, ...]]:
+        """The class numbers of every clip; () where labels were not read."""
+        return (entry.classes for entry in self.entries)
 
 
 def read_label_csv(path: str) -> dict[str, int]:
@@ -122,10 +131,11 @@ def _entry(where: str, row: object, classes: dict[str, int] | None) -> Entry:
                 f"{where}: {key}={row[key]!r} still has the placeholder {found.group()}; "
                 f"put the real folder there"
             )
-    label = -1
+    numbers = []
     if classes is not None:
-        mid = row["labels"].split(",")[0].strip()
-        if mid not in classes:
-            raise ValueError(f"{where} ({row['video_id']}): label {mid!r} is not in the label CSV")
-        label = classes[mid]
-    return Entry(row["video_id"], row["wav"], row["video_path"].rstrip("/"), label)
+        for mid in map(str.strip, row["labels"].split(",")):
+            if mid not in classes:
+                name = row["video_id"]
+                raise ValueError(f"{where} ({name}): label {mid!r} is not in the label CSV")
+            numbers.append(classes[mid])
+    return Entry(row["video_id"], row["wav"], row["video_path"].rstrip("/"), tuple(numbers))

@@ -14,6 +14,7 @@ from kdcmae_fast.data.fbank import (
     num_fbank_frames,
     remove_mean,
 )
+from kdcmae_fast.data.media import MediaOptions, finish_waveform
 from kdcmae_fast.data.resample import resample
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "fbank" / "fbank.safetensors")
@@ -78,11 +79,51 @@ def test_golden_through_our_resampling():
 
 
 @pytest.mark.parametrize("rate", [8000, 16_000, 22_050, 44_100])
-@pytest.mark.parametrize("seconds", [0.4, 3.0])
+@pytest.mark.parametrize("seconds", [0.4, 3.0, 30.0])
 def test_equals_kaldi_native_fbank(rate, seconds, real_like_sound):
     waveform = resample(torch.from_numpy(real_like_sound(seconds, rate)), rate)[None]
     waveform = remove_mean(waveform)
     assert_close(kaldi_fbank(waveform)[0], kaldi_native(waveform[0].numpy(), 16_000))
+
+
+@pytest.mark.parametrize("rate", [8000, 16_000, 22_050, 44_100])
+@pytest.mark.parametrize("channel", ["first", "mean"])
+def test_stereo_equals_kaldi_native_fbank(rate, channel, real_like_sound):
+    """From two channels of a file to rows: the channel is chosen before the resampling."""
+    channels = np.stack([real_like_sound(2.0, rate, seed) for seed in (0, 1)])
+    options = MediaOptions(1024, 64, 10, channel, True)
+    waveform = finish_waveform(channels, rate, options)
+    chosen = channels[0] if channel == "first" else channels.mean(0)
+    torch.testing.assert_close(waveform, resample(torch.from_numpy(chosen), rate))
+    waveform = remove_mean(waveform[None])
+    assert_close(kaldi_fbank(waveform)[0], kaldi_native(waveform[0].numpy(), 16_000))
+
+
+@pytest.mark.parametrize("num_rows", [1, 40, 98, 130])
+def test_rows_are_cut_or_filled_up(num_rows):
+    lengths = torch.tensor([16_000, 9000])
+    waveforms = torch.randn(2, 16_000) * 0.1 + 0.3
+    waveforms *= torch.arange(16_000) < lengths[:, None]
+    whole = kaldi_fbank(remove_mean(waveforms, lengths), lengths)
+    rows = kaldi_fbank(waveforms, lengths, num_rows=num_rows, center=True)
+    assert rows.shape == (2, num_rows, 128)
+    kept = min(num_rows, whole.shape[1])
+    torch.testing.assert_close(rows[:, :kept], whole[:, :kept], atol=2e-4, rtol=1e-5)
+    assert not rows[:, kept:].any()
+
+
+@pytest.mark.parametrize("bins", [1, 5, 23, 128])
+def test_any_number_of_mel_bins(bins):
+    """The filters are multiplied in blocks; 23 does not divide into equal ones."""
+    waveforms = torch.randn(1, 4000, dtype=torch.float64) * 0.1
+    filters = mel_filters(16_000, bins, 20.0, 8000.0, torch.float64)
+    window = torch.hann_window(400, periodic=False, dtype=torch.float64)
+    frames = waveforms[0].unfold(0, 400, 160)
+    frames = frames - frames.mean(1, keepdim=True)
+    frames = torch.cat([frames[:, :1] * 0.03, frames[:, 1:] - 0.97 * frames[:, :-1]], 1)
+    power = torch.fft.rfft(frames * window, n=512).abs() ** 2
+    expected = (power @ filters).clamp(min=LOG_FLOOR).log()
+    torch.testing.assert_close(kaldi_fbank(waveforms, num_mel_bins=bins)[0], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

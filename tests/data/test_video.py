@@ -155,6 +155,46 @@ def test_truncated_behind_an_intact_index(tmp_path, make_video, name):
     assert "truncated or damaged" in reason(folder(tmp_path))
 
 
+class Counting:
+    """A container that counts what is decoded of each kind of stream."""
+
+    def __init__(self, container, counts: dict[str, float]) -> None:
+        self.container, self.counts = container, counts
+
+    def __enter__(self):
+        self.container.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self.container.__exit__(*error)
+
+    def __getattr__(self, name):
+        return getattr(self.container, name)
+
+    def decode(self, stream):
+        for frame in self.container.decode(stream):
+            amount = frame.samples / frame.sample_rate if stream.type == "audio" else 1
+            self.counts[stream.type] = self.counts.get(stream.type, 0) + amount
+            yield frame
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_only_the_needed_seconds_and_frames_are_decoded(tmp_path, make_video, monkeypatch, name):
+    """Of two minutes: the window's sound, and one group of pictures (12 frames) at most."""
+    import av
+
+    make_video(tmp_path / name, seconds=120.0, rate=16_000, layout="mono")
+    dataset = folder(tmp_path, audio_length=300)  # 3.015 s
+    open_, counts = av.open, {}
+    monkeypatch.setattr(av, "open", lambda *a, **k: Counting(open_(*a, **k), counts))
+    for epoch in range(6):
+        counts.clear()
+        clip = dataset.read(0, epoch)
+        assert len(clip.waveform) == pytest.approx(3.015 * 16_000, abs=2)
+        assert 3 < counts["audio"] < 3.015 + 0.5
+        assert 1 <= counts["video"] <= 12 + 2
+
+
 def test_folder_errors(tmp_path):
     with pytest.raises(ValueError, match="is not a folder"):
         folder(tmp_path / "missing")

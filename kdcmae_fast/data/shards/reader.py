@@ -3,7 +3,7 @@
 import io
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,6 +28,7 @@ from kdcmae_fast.data.shards.layout import LABELS, SOUND_KINDS, read_dataset, re
 
 Item = TypeVar("Item")
 
+WEIGHTS = "dataset_weight.csv"  # one sampling weight per clip, if somebody wrote it
 OPEN_FILES = 64  # tar files a process keeps open
 INDEXES = 256  # shard indexes a process keeps in memory
 
@@ -62,6 +63,7 @@ class ShardClips:
         self.root = Path(path)
         self.options = options
         self.seed = seed
+        self.weight_file = self.root / WEIGHTS
         content = read_dataset(self.root)
         self.names = [shard["name"] for shard in content["shards"]]
         self.shard_sizes = tuple(int(shard["clips"]) for shard in content["shards"])
@@ -99,10 +101,16 @@ class ShardClips:
             waveform, window = self._sound(shard, row, rng)
             k = nearest_frame(row.frame_times, window, rng)
             frame = self._picture(shard, row, k)
-            label = self._label(row)
+            classes = self._classes(row)
         except MediaError as error:
             raise ClipError(row.id, str(error)) from error
-        return Clip(row.id, index, waveform, frame, label)
+        return Clip(row.id, index, waveform, frame, classes[0] if classes else -1, classes)
+
+    def label_sets(self) -> Iterator[tuple[str, ...]]:
+        """The labels of every clip, as they were prepared; reads every shard's index."""
+        for name in self.names:
+            lines = (line for line in read_index(self.root, name) if "members" in line)
+            yield from (tuple(line["labels"]) for line in lines)
 
     def frames(self, index: int) -> Tensor:
         """All frames of clip `index`, (T, 3, img_size, img_size) uint8; ClipError if damaged."""
@@ -171,12 +179,13 @@ class ShardClips:
         where = self._where(shard, start)
         return decode_picture(io.BytesIO(data), self.options.img_size, where)
 
-    def _label(self, row: Row) -> int:
-        if self.classes is None or not row.mids:
-            return -1
-        if row.mids[0] not in self.classes:
-            raise MediaError(f"label {row.mids[0]!r} is not in the label CSV")
-        return self.classes[row.mids[0]]
+    def _classes(self, row: Row) -> tuple[int, ...]:
+        if self.classes is None:
+            return ()
+        for mid in row.mids:
+            if mid not in self.classes:
+                raise MediaError(f"label {mid!r} is not in the label CSV")
+        return tuple(self.classes[mid] for mid in row.mids)
 
     def _where(self, shard: int, start: int) -> str:
         return f"{tar_path(self.root, self.names[shard])}, offset {start}"
