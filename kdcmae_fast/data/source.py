@@ -41,7 +41,8 @@ def open_dataset(
     if data.source == "manifest":
         return ManifestClips(data.path, data.label_csv, options, seed=seed)
     if data.source == "shards":
-        return ShardClips(data.path, data.label_csv, options, seed=seed)
+        window = data.shuffle_window
+        return ShardClips(data.path, data.label_csv, options, seed=seed, window=window)
     if data.source == "folder":
         return VideoFolder(data.path, options, seed=seed)
     raise ValueError(f"source={data.source!r} must be synthetic, manifest, shards or folder")

@@ -30,7 +30,6 @@ Item = TypeVar("Item")
 
 WEIGHTS = "dataset_weight.csv"  # one sampling weight per clip, if somebody wrote it
 OPEN_FILES = 64  # tar files a process keeps open
-INDEXES = 256  # shard indexes a process keeps in memory
 
 
 class Row(NamedTuple):
@@ -55,11 +54,14 @@ class ShardClips:
     path: a folder that `kdcmae prepare` finished. label_csv: class numbers ("": DIR/labels.csv if
     there is one; labels are -1 otherwise). A clip's class is the first of its labels.
 
-    Memory does not grow with the dataset but by a few bytes a shard: indexes are read when needed.
+    window: clips shuffled together; the indexes of about twice as many are kept in memory (1 kB a
+    clip). Memory does not grow with the dataset but by a few bytes a shard.
     Raises ValueError naming the file for a dataset that cannot be read.
     """
 
-    def __init__(self, path: str, label_csv: str, options: MediaOptions, *, seed: int) -> None:
+    def __init__(
+        self, path: str, label_csv: str, options: MediaOptions, *, seed: int, window: int = 16384
+    ) -> None:
         self.root = Path(path)
         self.options = options
         self.seed = seed
@@ -70,6 +72,7 @@ class ShardClips:
         self._ends = np.cumsum(self.shard_sizes)
         if not self.names:
             raise ValueError(f"data.path={path!r}: no clip in any shard")
+        self._held = 2 + 2 * window * len(self.names) // max(1, len(self))  # indexes
         for name, shard in zip(self.names, content["shards"], strict=True):
             _check_tar(tar_path(self.root, name), int(shard["bytes"]))
         own = self.root / LABELS
@@ -137,7 +140,7 @@ class ShardClips:
             raise IndexError(f"clip {index} of {len(self)}")
         shard = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[shard]) - self.shard_sizes[shard]
-        rows = _recent(self._indexes, shard, INDEXES, self._read_rows, lambda rows: None)
+        rows = _recent(self._indexes, shard, self._held, self._read_rows, lambda rows: None)
         return shard, rows[index - first]
 
     def _read_rows(self, shard: int) -> list[Row]:
