@@ -1,5 +1,6 @@
-"""Clips from synthetic scenes, manifests and folders of videos, as batches for a model."""
+"""Clips from synthetic scenes, manifests, shards and folders of videos, as batches for a model."""
 
+from kdcmae_fast.data.augment import label_vectors
 from kdcmae_fast.data.bad import BadClip, BadClips, TooManyBadClips
 from kdcmae_fast.data.clip import Clip, ClipDataset, ClipError
 from kdcmae_fast.data.fbank import kaldi_fbank, remove_mean
@@ -20,6 +21,7 @@ __all__ = [
     "SyntheticClips",
     "TooManyBadClips",
     "kaldi_fbank",
+    "label_vectors",
     "make_loader",
     "open_dataset",
     "remove_mean",

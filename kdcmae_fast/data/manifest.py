@@ -27,12 +27,17 @@ PLACEHOLDER = re.compile(r"<[^<>/]*>")  # as in "<YOUR_PATH>/audio/x.wav"
 
 
 class Entry(NamedTuple):
-    """One clip of the list."""
+    """One clip of the list. classes: numbers of all its labels, () where they were not read."""
 
     video_id: str
     wav: str
     video_path: str
     classes: tuple[int, ...]
+
+    @property
+    def label(self) -> int:
+        """Number of the first label, -1 without one."""
+        return self.classes[0] if self.classes else -1
 
 
 class ManifestClips:
@@ -69,8 +74,7 @@ class ManifestClips:
             frame = read_picture(path, self.options.img_size)
         except MediaError as error:
             raise ClipError(entry.video_id, str(error)) from error
-        label = entry.classes[0] if entry.classes else -1
-        return Clip(entry.video_id, index, waveform, frame, label, entry.classes)
+        return Clip(entry.video_id, index, waveform, frame, entry.label, entry.classes)
 
     def label_sets(self) -> Iterator[tuple[int, ...]]:
         """The class numbers of every clip; () where labels were not read."""
