@@ -44,8 +44,8 @@ class ManifestClips:
     """Clips of a JSON list; each epoch takes another of a clip's frames.
 
     path: the JSON file. label_csv: "" when labels do not matter (they are -1 then).
-    A clip's class is the first of its labels. `<name>_weight.csv` beside <name>.json: one sampling
-    weight per clip, for data.sampling=balanced.
+    A clip's class is the first of its labels, which must be in the CSV; others may be missing there.
+    `<name>_weight.csv` beside <name>.json: a sampling weight per clip, for data.sampling=balanced.
     """
 
     def __init__(self, path: str, label_csv: str, options: MediaOptions, *, seed: int) -> None:
@@ -135,11 +135,12 @@ def _entry(where: str, row: object, classes: dict[str, int] | None) -> Entry:
                 f"{where}: {key}={row[key]!r} still has the placeholder {found.group()}; "
                 f"put the real folder there"
             )
-    numbers = []
+    numbers: tuple[int, ...] = ()
     if classes is not None:
-        for mid in map(str.strip, row["labels"].split(",")):
-            if mid not in classes:
-                name = row["video_id"]
-                raise ValueError(f"{where} ({name}): label {mid!r} is not in the label CSV")
-            numbers.append(classes[mid])
-    return Entry(row["video_id"], row["wav"], row["video_path"].rstrip("/"), tuple(numbers))
+        mids = [mid.strip() for mid in row["labels"].split(",")]
+        if mids[0] not in classes:
+            raise ValueError(
+                f"{where} ({row['video_id']}): label {mids[0]!r} is not in the label CSV"
+            )
+        numbers = tuple(classes[mid] for mid in mids if mid in classes)
+    return Entry(row["video_id"], row["wav"], row["video_path"].rstrip("/"), numbers)

@@ -3,6 +3,7 @@
 import struct
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -172,7 +173,16 @@ class Counting:
         return getattr(self.container, name)
 
     def decode(self, stream):
-        for frame in self.container.decode(stream):
+        return self.counted(stream, self.container.decode(stream))
+
+    def demux(self, stream):
+        for packet in self.container.demux(stream):
+            yield SimpleNamespace(
+                decode=lambda packet=packet: list(self.counted(stream, packet.decode()))
+            )
+
+    def counted(self, stream, frames):
+        for frame in frames:
             amount = frame.samples / frame.sample_rate if stream.type == "audio" else 1
             self.counts[stream.type] = self.counts.get(stream.type, 0) + amount
             yield frame

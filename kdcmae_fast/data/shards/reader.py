@@ -183,12 +183,12 @@ class ShardClips:
         return decode_picture(io.BytesIO(data), self.options.img_size, where)
 
     def _classes(self, row: Row) -> tuple[int, ...]:
-        if self.classes is None:
+        """Numbers of the clip's labels; the first must be known, unknown others are left out."""
+        if self.classes is None or not row.mids:
             return ()
-        for mid in row.mids:
-            if mid not in self.classes:
-                raise MediaError(f"label {mid!r} is not in the label CSV")
-        return tuple(self.classes[mid] for mid in row.mids)
+        if row.mids[0] not in self.classes:
+            raise MediaError(f"label {row.mids[0]!r} is not in the label CSV")
+        return tuple(self.classes[mid] for mid in row.mids if mid in self.classes)
 
     def _where(self, shard: int, start: int) -> str:
         return f"{tar_path(self.root, self.names[shard])}, offset {start}"
