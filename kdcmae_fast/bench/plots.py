@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kdcmae_fast.bench.report import runs, slug
 from kdcmae_fast.bench.rows import MODES, PUBLISHED, GroupRun, Run
-from kdcmae_fast.evaluation.figure import (
+from kdcmae_fast.figure import (
     INK,
     MUTED,
     PALETTE,

@@ -16,9 +16,9 @@ from kdcmae_fast.config import DataConfig
 from kdcmae_fast.config_file import load_config, read_yaml
 from kdcmae_fast.data import BadClip, BadClips, ClipDataset, FrontEnd, open_dataset
 from kdcmae_fast.evaluation.features import extract_features, read_clips
-from kdcmae_fast.evaluation.figure import require_matplotlib
 from kdcmae_fast.evaluation.pictures import draw_clip, reconstruct_batch
 from kdcmae_fast.evaluation.retrieval import Ties, retrieval_scores
+from kdcmae_fast.figure import require_matplotlib
 from kdcmae_fast.messages import require_folder
 from kdcmae_fast.models import from_pretrained
 from kdcmae_fast.models.cav_mae import CavMae

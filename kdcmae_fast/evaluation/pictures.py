@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from kdcmae_fast.evaluation.figure import (
+from kdcmae_fast.figure import (
     INK,
     MUTED,
     new_figure,

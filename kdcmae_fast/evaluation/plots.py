@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdcmae_fast.evaluation.figure import (
+from kdcmae_fast.figure import (
     INK,
     PALETTE,
     new_figure,

@@ -99,7 +99,7 @@ def test_drawing_leaves_matplotlib_s_state_alone(tmp_path):
 
     before = dict(matplotlib.rcParams)
     loaded = "matplotlib.pyplot" in sys.modules
-    from kdcmae_fast.evaluation.figure import new_figure, save_figure
+    from kdcmae_fast.figure import new_figure, save_figure
 
     save_figure(new_figure(1, 1), tmp_path / "x.png")
     assert dict(matplotlib.rcParams) == before
