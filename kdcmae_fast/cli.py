@@ -206,6 +206,30 @@ def _prepare(options: argparse.Namespace) -> None:
     run(options)
 
 
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    from kdcmae_fast.data.doctor.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from kdcmae_fast.data.doctor.command import run
+
+    run(options)
+
+
+def _add_datasets(parser: argparse.ArgumentParser) -> None:
+    from kdcmae_fast.data.datasets.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _datasets(options: argparse.Namespace) -> None:
+    from kdcmae_fast.data.datasets.command import run
+
+    run(options)
+
+
 def _add_backends(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="kind of tensors (default: CUDA where it is)"
@@ -352,6 +376,8 @@ COMMANDS = {
         _pretrain_parses_itself,
     ),
     "prepare": Command("make a dataset of videos", _add_prepare, _prepare),
+    "doctor": Command("check a dataset before a run", _add_doctor, _doctor),
+    "datasets": Command("published datasets, and lists of them", _add_datasets, _datasets),
     "retrieve": Command("cross-modal retrieval, both ways", _add_retrieve, _retrieve),
     "reconstruct": Command(
         "pictures of masked and reconstructed clips", _add_reconstruct, _reconstruct

@@ -1,0 +1,137 @@
+"""What a dataset lists, read leniently: every row, where a run would stop at the first bad one."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from kdcmae_fast.config import DataConfig
+from kdcmae_fast.data.folder import EXTENSIONS
+from kdcmae_fast.data.manifest import PLACEHOLDER
+from kdcmae_fast.data.shards.layout import DATASET, LABELS, SHARDS, read_dataset, read_index
+
+Source = Literal["manifest", "shards", "folder", "tar"]
+
+
+class ListRow(NamedTuple):
+    """One clip of a list: its name, the file it comes from, its labels."""
+
+    id: str
+    source: str
+    mids: tuple[str, ...] = ()
+
+
+@dataclass
+class ClipList:
+    """The clips of a list that can be told apart, and what is wrong with the other rows.
+
+    label_csv: the CSV that a run would take, "" for none.
+    """
+
+    source: Source
+    rows: list[ListRow] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    label_csv: str = ""
+
+
+def guess_source(path: str) -> Source:
+    """What is at `path`; ValueError where there is nothing to examine."""
+    target = Path(path)
+    if target.is_file():
+        return "tar" if target.suffix == ".tar" else "manifest"
+    if not target.is_dir():
+        raise ValueError(f"{path}: no such file or folder; give a manifest, shards or videos")
+    if (target / DATASET).exists() or (target / SHARDS).is_dir():
+        return "shards"
+    names = [name for _, _, files in os.walk(target) for name in files]
+    if any(os.path.splitext(name)[1].lower() in EXTENSIONS for name in names):
+        return "folder"
+    if any(name.endswith(".tar") for name in names):
+        return "tar"
+    return "folder"
+
+
+def read_list(data: DataConfig) -> ClipList:
+    """The list that `data` names; never raises for what is in it."""
+    if data.source == "manifest":
+        return _manifest(data)
+    if data.source == "shards":
+        return _shards(data)
+    root = Path(data.path)
+    files = (file for file in root.rglob("*") if file.suffix.lower() in EXTENSIONS)
+    names = sorted(file.relative_to(root).as_posix() for file in files if file.is_file())
+    return ClipList("folder", [ListRow(_text(n), os.path.abspath(root / n)) for n in names])
+
+
+def _manifest(data: DataConfig) -> ClipList:
+    found = ClipList("manifest", label_csv=data.label_csv)
+    try:
+        with open(data.path, encoding="utf-8") as file:
+            content = json.load(file)
+        rows = content["data"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found.problems.append(f"{data.path}: {type(error).__name__}: {error}")
+        return found
+    for number, row in enumerate(rows if isinstance(rows, list) else []):
+        problem = _manifest_problem(row, labelled=bool(data.label_csv))
+        if problem:
+            found.problems.append(f"entry {number}: {problem}")
+        if isinstance(row, dict) and isinstance(row.get("video_id"), str):
+            labels = row.get("labels")
+            mids = labels.split(",") if isinstance(labels, str) else []
+            wav = os.path.abspath(row["wav"]) if isinstance(row.get("wav"), str) else ""
+            mids_ = tuple(mid.strip() for mid in mids if mid.strip())
+            found.rows.append(ListRow(row["video_id"], wav, mids_))
+    return found
+
+
+def _manifest_problem(row: object, *, labelled: bool) -> str:
+    if not isinstance(row, dict):
+        return "not an object"
+    keys = ("video_id", "wav", "video_path", *(("labels",) if labelled else ()))
+    if wrong := [key for key in keys if not isinstance(row.get(key), str) or not row[key]]:
+        return f"{', '.join(wrong)} must be text"
+    for key in ("wav", "video_path"):
+        if found := PLACEHOLDER.search(row[key]):
+            return f"{key} still has the placeholder {found.group()}"
+    return ""
+
+
+def _shards(data: DataConfig) -> ClipList:
+    root = Path(data.path)
+    own = root / LABELS
+    label_csv = data.label_csv or (str(own) if own.exists() else "")
+    found = ClipList("shards", label_csv=label_csv)
+    try:
+        names = [shard["name"] for shard in read_dataset(root)["shards"]]
+    except (ValueError, KeyError, TypeError) as error:
+        found.problems.append(str(error))
+        return found
+    for name in names:
+        try:
+            for line in read_index(root, name):
+                if "members" in line:
+                    row = ListRow(str(line["id"]), str(line["source"]), tuple(line["labels"]))
+                    found.rows.append(row)
+        except (ValueError, KeyError, TypeError) as error:
+            found.problems.append(f"shard {name}: {error}")
+    return found
+
+
+def _text(name: str) -> str:
+    """A name as `VideoFolder` reports it: one that is not UTF-8 must not break the report."""
+    return name.encode("utf-8", "replace").decode()
+
+
+def overlap(rows: Iterable[ListRow], others: Iterable[ListRow]) -> tuple[list[str], list[str]]:
+    """Ids and sources that both lists have, in the order of `rows`."""
+    others = list(others)
+    ids = {row.id for row in others}
+    sources = {row.source for row in others if row.source}
+    rows = list(rows)
+    return (
+        list(dict.fromkeys(row.id for row in rows if row.id in ids)),
+        list(dict.fromkeys(row.source for row in rows if row.source in sources)),
+    )
