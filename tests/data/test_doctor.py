@@ -19,7 +19,7 @@ from kdcmae_fast.data import (
 )
 from kdcmae_fast.data.bad import BadClip
 from kdcmae_fast.data.doctor import Diagnosis, examine
-from kdcmae_fast.data.doctor.examine import choose, write_diagnosis
+from kdcmae_fast.data.doctor.diagnosis import choose, write_diagnosis
 from kdcmae_fast.data.doctor.media_checks import bad_interval, kind_of
 from kdcmae_fast.data.doctor.probe import ClipFacts, FbankSums, Properties
 

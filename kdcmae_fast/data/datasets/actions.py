@@ -91,4 +91,6 @@ def _entry(files: Files, label: str, name: str, split: str, fold: int) -> Entry:
     stem = name.rpartition(".")[0] or name
     found = files.find(f"{label}/{stem}", stem)
     media = found or str(files.folder / label / name)
-    return Entry(stem, media, split, (as_mid(label),), fold=fold, found=found is not None)
+    return Entry(
+        f"{label}/{stem}", media, split, (as_mid(label),), fold=fold, found=found is not None
+    )

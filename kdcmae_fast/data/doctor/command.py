@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Examine, print, write; ValueError (exit code 1) if a run would not go well."""
     from kdcmae_fast.data.doctor.checks import checks_table
-    from kdcmae_fast.data.doctor.examine import examine, write_diagnosis
+    from kdcmae_fast.data.doctor.diagnosis import examine, write_diagnosis
     from kdcmae_fast.messages import require_folder
 
     require_folder(options.output)
