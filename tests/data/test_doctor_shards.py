@@ -1,5 +1,6 @@
 """kdcmae doctor on shards: damage named by shard and offset, unsafe archives refused."""
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -201,6 +202,18 @@ def test_labels_of_shards_that_the_csv_lacks_are_bad_clips(root):
     assert found["labels"].result == "warning" and found["labels"].count == 2
     assert found["unknown label"].count == 2 and found["bad clips"].result == "warning"
     assert not diagnose(root, max_bad_share=0.1).would_start
+
+
+def test_shards_bring_their_own_frames_and_may_lack_labels(root):
+    short = dataclasses.replace(clip(7), frames=clip(7).frames[:1], frame_times=[0.0])
+    inputs = [clip(6, ()), short]
+    write_shard(root, 2, inputs, first=7)
+    finish_dataset(root, 3, {})
+    found = problems(root, num_frames=16)
+    assert found.keys() == {"no label", "frames"}
+    assert found["no label"].examples == ["clip6"]
+    assert found["frames"].detail == "1 frames: 1 clips, 2 frames: 7 clips"
+    assert found["frames"].advice == "prepare these clips again with 2 frames"
 
 
 def test_a_sample_of_shards(root, monkeypatch):

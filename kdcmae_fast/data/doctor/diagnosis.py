@@ -15,6 +15,7 @@ from kdcmae_fast.data.doctor.checks import Check
 from kdcmae_fast.data.doctor.list_checks import check_labels, check_list, check_overlap
 from kdcmae_fast.data.doctor.lists import ClipList, guess_source, read_list
 from kdcmae_fast.data.doctor.media_checks import (
+    bad_interval,
     check_media,
     check_normalisation,
     check_properties,
@@ -66,6 +67,7 @@ class Diagnosis:
             "clips_read": len(self.facts),
             "bad_clips": len(bad),
             "bad_share": len(bad) / len(self.facts) if self.facts else None,
+            "bad_share_interval": bad_interval(len(bad), len(self.facts)) if self.facts else None,
             "max_bad_share": self.data.max_bad_share,
             "fbank_mean": measured[0] if measured else None,
             "fbank_std": measured[1] if measured else None,

@@ -58,6 +58,11 @@ def check_labels(found: ClipList) -> tuple[list[Check], dict[str, int]]:
         return [Check("labels", "error", 1, str(error), advice=advice)], histogram
     histogram = {mid: times[mid] for mid in sorted(classes, key=lambda mid: (-times[mid], mid))}
     checks = [_unknown_labels(found, classes), _empty_classes(histogram)]
+    without = [row.id for row in found.rows if not row.mids]
+    if without and found.source == "shards":  # a manifest without labels does not open
+        detail = "clips have no label: theirs is -1"
+        advice = "prepare them again from a list with labels, if they are to be classified"
+        checks.append(Check("no label", "warning", len(without), detail, without, advice))
     shared = [n for n, number in Counter(classes.values()).items() if number > 1]
     expected = set(range(len(classes)))
     if shared or set(classes.values()) != expected:

@@ -98,7 +98,9 @@ def check_properties(
 ) -> list[Check]:
     """Frames, pictures, rates, channels, lengths and levels."""
     seconds = MediaOptions.of(data, model).seconds
-    checks = [_frames(facts, data.num_frames)] if source != "folder" else []
+    # Shards bring their own frame times; a run that reads them does not look at num_frames.
+    expected = {"manifest": data.num_frames, "shards": None}
+    checks = [_frames(facts, expected[source])] if source in expected else []
     checks += [
         _pictures(facts, model.img_size),
         _rates(facts),
@@ -106,15 +108,17 @@ def check_properties(
         _durations(facts, seconds),
         _levels(facts, data.reject_silence),
     ]
-    return [check for check in checks if check is not None]
+    return checks
 
 
-def _frames(facts: Sequence[ClipFacts], expected: int) -> Check:
+def _frames(facts: Sequence[ClipFacts], expected: int | None) -> Check:
+    """Frames of each clip against `expected`; None: against what most clips have."""
     found = {f.video_id: f.properties.frames for f in facts if f.properties.frames is not None}
     times = Counter(found.values())
     common = times.most_common(1)[0][0] if times else 0
-    odd = {name: n for name, n in found.items() if n != expected}
     detail = ", ".join(f"{n} frames: {count:,} clips" for n, count in sorted(times.items()))
+    expected = common if expected is None else expected
+    odd = {name: n for name, n in found.items() if n != expected}
     advice = ""
     if odd and common != expected and common:
         advice = f"set data.num_frames={common} (it is {expected})"
@@ -179,6 +183,7 @@ def _durations(facts: Sequence[ClipFacts], clip_seconds: float) -> Check:
     if values:
         middle = values[len(values) // 2]
         detail = f"{values[0]:.2f} to {values[-1]:.2f} s, median {middle:.2f} s"
+    if long:
         detail += f"; {long:,} longer than a clip of {clip_seconds:.2f} s: read in windows"
     if short:
         detail = f"less than half a clip of {clip_seconds:.2f} s; " + detail
