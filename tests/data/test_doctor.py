@@ -408,3 +408,5 @@ def test_facts_without_a_value_do_not_break_the_plots(tmp_path):
         "p", DataConfig(), MODEL, [], 2, [*facts, bad], {f"{i}": i for i in range(50)}
     )
     assert write_diagnosis(diagnosis, tmp_path, plots=True)[2:] == ["levels.png", "classes.png"]
+    diagnosis.histogram, diagnosis.names = {"a": 1, "b": 2}, {"a": "$x^$ & same", "b": "$"}
+    assert "classes.png" in write_diagnosis(diagnosis, tmp_path, plots=True)

@@ -13,7 +13,7 @@ from kdcmae_fast.data.clip import ClipDataset, keyed_rng
 from kdcmae_fast.data.doctor.archives import check_archives
 from kdcmae_fast.data.doctor.checks import Check
 from kdcmae_fast.data.doctor.list_checks import check_labels, check_list, check_overlap
-from kdcmae_fast.data.doctor.lists import ClipList, guess_source, read_list
+from kdcmae_fast.data.doctor.lists import ClipList, display_names, guess_source, read_list
 from kdcmae_fast.data.doctor.media_checks import (
     bad_interval,
     check_media,
@@ -37,7 +37,7 @@ class Diagnosis:
     """What was found.
 
     num_clips: of the dataset, None if it does not open. read: clips that were read.
-    facts: one for each. histogram: clips of each class.
+    facts: one for each. histogram: clips of each class. names: of the classes, for people.
     """
 
     path: str
@@ -47,6 +47,7 @@ class Diagnosis:
     num_clips: int | None = None
     facts: list[ClipFacts] = field(default_factory=list)
     histogram: dict[str, int] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
 
     @property
     def would_start(self) -> bool:
@@ -118,7 +119,8 @@ def examine(
     checks += labels
     if against is not None and others is not None:
         checks.append(check_overlap(found.rows, others, against))
-    diagnosis = Diagnosis(path, data, model, checks, histogram=histogram)
+    names = display_names(found.label_csv)
+    diagnosis = Diagnosis(path, data, model, checks, histogram=histogram, names=names)
     try:
         dataset = open_dataset(data, model, seed=seed)
     except ValueError as error:
@@ -209,6 +211,7 @@ def write_diagnosis(diagnosis: Diagnosis, folder: Path, *, plots: bool) -> list[
         from kdcmae_fast.data.doctor.plots import plot_dataset
 
         seconds = MediaOptions.of(diagnosis.data, diagnosis.model).seconds
-        paths = plot_dataset(diagnosis.facts, diagnosis.histogram, seconds, folder)
+        classes = diagnosis.histogram, diagnosis.names
+        paths = plot_dataset(diagnosis.facts, *classes, seconds, folder)
         written += [path.name for path in paths]
     return written

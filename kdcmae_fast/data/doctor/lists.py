@@ -1,5 +1,6 @@
 """What a dataset lists, read leniently: every row, where a run would stop at the first bad one."""
 
+import csv
 import json
 import os
 from collections.abc import Iterable
@@ -118,6 +119,17 @@ def _shards(data: DataConfig) -> ClipList:
         except (ValueError, KeyError, TypeError) as error:
             found.problems.append(f"shard {name}: {error}")
     return found
+
+
+def display_names(label_csv: str) -> dict[str, str]:
+    """mid -> name for people; empty for a CSV that cannot be read, which is a finding elsewhere."""
+    if not label_csv:
+        return {}
+    try:
+        with open(label_csv, newline="", encoding="utf-8") as file:
+            return {row["mid"]: row["display_name"] for row in csv.DictReader(file)}
+    except (OSError, KeyError, csv.Error, UnicodeDecodeError):
+        return {}
 
 
 def _text(name: str) -> str:
