@@ -143,6 +143,16 @@ def test_a_damaged_index_does_not_pass(root, damage):
     )
 
 
+def test_an_index_line_that_no_run_survives(root):
+    lines = index_path(root, "000001").read_text().splitlines()
+    row = json.loads(lines[2])
+    del row["frame_times"]
+    lines[2] = json.dumps(row)
+    index_path(root, "000001").write_text("\n".join(lines) + "\n")
+    bad = problems(root)["bad clips"]
+    assert bad.result == "error" and bad.detail == "clip 3: KeyError: 'frame_times'"
+
+
 def add(tar: tarfile.TarFile, name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> None:
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, link

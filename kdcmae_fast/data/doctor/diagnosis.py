@@ -163,8 +163,8 @@ def _check_media(
     try:
         for fact in probe_clips(Probe(dataset, plain, epochs), indexes, data.num_workers, tell):
             diagnosis.facts.append(fact)
-    except (RuntimeError, ValueError) as error:
-        advice = "a run would stop here too"
+    except RuntimeError as error:
+        advice = "a run stops here too; prepare the dataset again, or remove the clip"
         checks.append(Check("bad clips", "error", 1, str(error), advice=advice))
         return
     checks += check_media(diagnosis.facts, len(dataset), data.max_bad_share)

@@ -78,7 +78,13 @@ class Probe:
         self.epochs = epochs
 
     def __call__(self, index: int) -> ClipFacts:
-        """Everything about clip `index`."""
+        """Everything about clip `index`; RuntimeError for what no run survives."""
+        try:
+            return self._facts(index)
+        except Exception as error:  # a run skips ClipError only; the rest ends it
+            raise RuntimeError(f"clip {index}: {type(error).__name__}: {error}") from error
+
+    def _facts(self, index: int) -> ClipFacts:
         name = self.dataset.video_id(index)
         properties, problem = _properties(self.dataset, index)
         try:
