@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -319,35 +317,6 @@ def test_worker_processes_find_the_same(tree):
     alone, together = tree.examine(), tree.examine(num_workers=1)
     assert str(alone.facts) == str(together.facts)  # nan is in it
     assert alone.checks == together.checks
-
-
-CRASH = """
-import os
-from kdcmae_fast.config import DataConfig, ModelConfig
-from kdcmae_fast.data import FrontEnd
-from kdcmae_fast.data.doctor.probe import Probe, probe_clips
-
-class Crashes:
-    def video_id(self, index):
-        return f"clip{index}"
-
-    def read(self, index, epoch):
-        os._exit(9)
-
-if __name__ == "__main__":
-    probe = Probe(Crashes(), FrontEnd(DataConfig(), ModelConfig()))
-    try:
-        list(probe_clips(probe, range(3), 1, print))
-    except RuntimeError as error:
-        print(error)
-"""
-
-
-def test_a_reader_that_crashes_ends_the_command_and_names_the_clips(tmp_path):
-    (tmp_path / "crash.py").write_text(CRASH)
-    command = [sys.executable, str(tmp_path / "crash.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert "a reader died" in done.stdout and "one of 3 clips from clip0 on" in done.stdout
 
 
 def test_reading_more_epochs_sees_more_windows(tree):

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -127,3 +129,32 @@ def test_datasets_makes_lists(kdcmae, tmp_path: Path):
     (tmp_path / "vggsound.csv").unlink()
     code, _, errors = kdcmae(*command)
     assert code == 1 and f"{tmp_path / 'vggsound.csv'}: no such file; vggsound needs" in errors
+
+
+CRASH = """
+import os
+from kdcmae_fast.config import DataConfig, ModelConfig
+from kdcmae_fast.data import FrontEnd
+from kdcmae_fast.data.doctor.probe import Probe, probe_clips
+
+class Crashes:
+    def video_id(self, index):
+        return f"clip{index}"
+
+    def read(self, index, epoch):
+        os._exit(9)
+
+if __name__ == "__main__":
+    probe = Probe(Crashes(), FrontEnd(DataConfig(), ModelConfig()))
+    try:
+        list(probe_clips(probe, range(3), 1, print))
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_a_reader_that_crashes_ends_the_command_and_names_the_clips(tmp_path):
+    (tmp_path / "crash.py").write_text(CRASH)
+    command = [sys.executable, str(tmp_path / "crash.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "a reader died" in done.stdout and "one of 3 clips from clip0 on" in done.stdout
