@@ -44,7 +44,7 @@ class ManifestClips:
     """Clips of a JSON list; each epoch takes another of a clip's frames.
 
     path: the JSON file. label_csv: "" when labels do not matter (they are -1 then).
-    A clip's class is the first of its labels, which must be in the CSV; others may be missing there.
+    A clip's class is the first of its labels, which must be in the CSV; others may be missing.
     `<name>_weight.csv` beside <name>.json: a sampling weight per clip, for data.sampling=balanced.
     """
 
