@@ -166,6 +166,13 @@ def test_committed_deepspeed_configs(stage):
     assert config["bf16"]["enabled"] is True
     assert for_engine(config, load_universal=True)["checkpoint"] == {"load_universal": True}
     assert "checkpoint" not in config
+    assert for_engine(config, load_universal=False)["gradient_clipping"] == 0.5
+
+
+def test_gradients_are_clipped_only_on_request():
+    """DeepSpeed itself takes 1.0 where its JSON says nothing."""
+    ours = for_engine({"train_micro_batch_size_per_gpu": 1}, load_universal=False)
+    assert ours["gradient_clipping"] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -102,9 +102,16 @@ def check_zero_settings(config: Mapping[str, Any]) -> None:
 
 
 def for_engine(config: Mapping[str, Any], *, load_universal: bool) -> Settings:
-    """A copy with what every run of ours needs and nobody should have to write."""
-    quiet = {"steps_per_print": 10**9, "zero_allow_untested_optimizer": True}
-    ours = {**quiet, **json.loads(json.dumps(config))}
+    """A copy with what every run of ours needs and nobody should have to write.
+
+    Gradients are clipped only where the JSON says so; DeepSpeed itself would clip to a norm of 1.
+    """
+    defaults = {
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+    }
+    ours = {**defaults, **json.loads(json.dumps(config))}
     if load_universal:
         ours["checkpoint"] = {"load_universal": True}
     return ours
