@@ -20,6 +20,8 @@ from kdcmae_fast.data import (
     make_loader,
     open_dataset,
 )
+from kdcmae_fast.kernels.attention.backends import problem
+from kdcmae_fast.kernels.attention.op import HALF_ONLY
 from kdcmae_fast.training import checkpoint, deepspeed_config, report, run_folder
 from kdcmae_fast.training.distributed import World
 from kdcmae_fast.training.optimizers import build_optimizer
@@ -52,6 +54,7 @@ def prepare(
 ) -> Run | None:
     """Build the run or take it up again; None if it is finished already."""
     deepspeed_config.check_zero_settings(deepspeed)
+    _check_attention(config.model.attention_impl, world, bf16=deepspeed_config.uses_bf16(deepspeed))
     start = run_folder.find_checkpoint(output, resume=resume)
     if start is not None:
         run_folder.check_same_run(output, config)
@@ -90,6 +93,15 @@ def prepare(
     return Run(
         config, settings, output, world, dataset, length, engine, untrained, bad_clips, first_step
     )
+
+
+def _check_attention(impl: str, world: World, *, bf16: bool) -> None:
+    """ValueError if the back-end asked for would fail in the first forward pass."""
+    refused = "" if impl == "auto" else problem(impl, world.device.type)
+    if not refused and impl in HALF_ONLY and not bf16:
+        refused = "it takes 16-bit tensors only; pass ds.bf16.enabled=true"
+    if refused:
+        raise ValueError(f"model.attention_impl={impl}: not available for this run: {refused}")
 
 
 def _build_engine(

@@ -30,12 +30,18 @@ def all_settings(config: RunConfig, deepspeed: Mapping[str, Any]) -> Settings:
 
 
 def saved_settings(output: Path) -> Settings | None:
-    """`all_settings` of the run in `output`; None if there is none. ValueError if spoilt."""
+    """`all_settings` of the run in `output`; None if there is none, ValueError if lost."""
     path = output / "config.json"
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return None
+        checkpoints = complete_checkpoints(output / "checkpoints")
+        if not checkpoints:
+            return None
+        raise ValueError(
+            f"{path} is missing, but {output} holds a run that reached {checkpoints[0].name}; "
+            f"restore it from settings in {checkpoints[0] / 'state.json'}"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(saved, dict) or not {"config", "deepspeed"} <= saved.keys():

@@ -88,6 +88,29 @@ def test_mistakes_show_before_any_work(launch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_back_end_that_cannot_run_shows_before_any_work(launch, tmp_path):
+    text = launch.run(tmp_path / "run", "model.attention_impl=flash_attn", code=1)
+    assert (
+        text.strip()
+        .splitlines()[-1]
+        .startswith("error: model.attention_impl=flash_attn: not available for this run: ")
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lost_config_is_named(launch, reference, tmp_path):
+    """Nothing stands in for it: --resume would go on with the demo's settings."""
+    output = tmp_path / "run"
+    shutil.copytree(reference, output)
+    (output / "config.json").unlink()
+    text = launch.run(output, "--resume", "train.steps=8", code=1)
+    assert text.strip().splitlines()[-1] == (
+        f"error: {output}/config.json is missing, but {output} holds a run that reached step_6; "
+        f"restore it from settings in {output}/checkpoints/step_6/state.json"
+    )
+    assert not (output / "config.json").exists()
+
+
 def test_a_run_is_neither_overwritten_nor_bent(reference):
     with pytest.raises(ValueError, match="holds a run that reached step_6; pass --resume"):
         run_folder.find_checkpoint(reference, resume=False)
