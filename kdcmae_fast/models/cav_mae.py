@@ -51,7 +51,11 @@ class CavMae(PretrainedModel):
         which follow from `mask_seed`, `step` and the sample ids. contrast: takes the place of
         InfoNCE over these clips. features_only: return what InfoNCE compares instead, audio and
         video, (K*B, D) each.
+
+        Errors: ValueError for plans or ids that do not suit the batch, and for losses of no clips.
         """
+        if batch.fbank.shape[0] == 0 and not features_only:
+            raise ValueError("batch has 0 clips: the losses are means over clips; give at least 1")
         plans = self._plans(batch, plans, step)
         batch = self._rows(batch)
         if features_only:

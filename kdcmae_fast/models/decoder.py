@@ -40,9 +40,10 @@ class ReconstructionHead(nn.Linear):
         """(N, M, D') -> (N, M, P); with pixels and their plan the loss of each row, (N,)."""
         if pixels is None or plan is None:
             return super().forward(x)
+        dtype = operand_dtype(x, self.weight)
         return masked_head_reconstruction_loss(
-            x.to(operand_dtype(x, self.weight)),
-            self.weight.to(operand_dtype(x, self.weight)),
+            x.to(dtype),
+            self.weight.to(dtype),
             self.bias,
             pixels,
             plan,

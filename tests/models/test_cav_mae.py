@@ -341,6 +341,8 @@ def test_wrong_inputs_are_named(small, batch):
         model(batch._replace(sample_ids=batch.sample_ids[:2]))
     with pytest.raises(ValueError, match="frames has 2 clips, fbank has"):
         model(batch._replace(frames=batch.frames[:2]))
+    with pytest.raises(ValueError, match="batch has 0 clips: the losses are means over clips"):
+        model(Batch(*(part[:0] for part in batch)))
 
 
 def test_encode_takes_an_empty_batch(small, batch):
