@@ -44,7 +44,15 @@ def test_wandb_absent():
         tracking.require_wandb()
 
 
-def test_stop_request():
+@pytest.fixture
+def interruptible():
+    """Python's own SIGINT handler; a shell's background jobs start with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_stop_request(interruptible):
     """SIGTERM any number of times and SIGINT once are requests; a second SIGINT interrupts."""
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
