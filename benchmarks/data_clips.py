@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 SECONDS, RATE = 10, 16_000
 STORED = (340, 256)  # pixels, width and height of a frame of the published layout
 IMG_SIZE = 224
+QUALITY = 75  # of JPEG files, in both layouts as both are prepared by default
 PER_SHARD = 128
 
 
@@ -71,7 +72,7 @@ def _write_files(files: Path, name: str, waveform: NDArray[np.float32], picture)
 
     (files / "frame_0").mkdir(parents=True, exist_ok=True)
     soundfile.write(files / f"{name}.wav", waveform, RATE, subtype="PCM_16")
-    picture.save(files / "frame_0" / f"{name}.jpg", quality=95)
+    picture.save(files / "frame_0" / f"{name}.jpg", quality=QUALITY)
 
 
 def _prepared(picture) -> bytes:
@@ -82,5 +83,5 @@ def _prepared(picture) -> bytes:
 
     square = fit_picture(np.asarray(picture), IMG_SIZE).permute(1, 2, 0).numpy()
     data = io.BytesIO()
-    Image.fromarray(square).save(data, "JPEG", quality=95)
+    Image.fromarray(square).save(data, "JPEG", quality=QUALITY)
     return data.getvalue()

@@ -95,7 +95,7 @@ def check_same(old: published.Published, flac: tuple, npy: tuple) -> None:
     assert (npy[0] - old.fbank).abs().mean() < 0.01
     pixels = (old.frames * published.PIXEL_STD + published.PIXEL_MEAN) * 255
     for _, frames in (flac, npy):
-        assert (frames - pixels).abs().mean() < 3
+        assert (frames - pixels).abs().mean() < 6  # another clip would be 60 off
 
 
 @pytest.mark.parametrize("provider", ("kaldi-native-fbank", "batched"))
