@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -19,49 +18,11 @@
 #include "reconstruction.h"
 #include "vector_math.h"
 
-// Vectors are passed between inlined functions only, so no calling convention is at stake.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 namespace kdcmae_fast {
 namespace {
 
 constexpr double kEps = 1e-6;  // inside the square root of the patch deviation
 constexpr int64_t kGrain = 16;  // patches
-
-// 64 bytes of T: one register or several, whatever the instruction set of the clone has.
-template <class T>
-struct Lanes {
-  typedef T Type __attribute__((vector_size(64)));
-  static constexpr int64_t kCount = 64 / int64_t(sizeof(T));
-};
-
-// term(x values, i) summed over i in [0, n), always in the same order; term may change x.
-template <class T, class Term>
-KDCMAE_INLINE T sum_terms(int64_t n, Term term) {
-  using V = typename Lanes<T>::Type;
-  constexpr int64_t kCount = Lanes<T>::kCount;
-  V sums[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * kCount <= n; i += 4 * kCount) {
-    sums[0] += term(i, V{});
-    sums[1] += term(i + kCount, V{});
-    sums[2] += term(i + 2 * kCount, V{});
-    sums[3] += term(i + 3 * kCount, V{});
-  }
-  for (; i + kCount <= n; i += kCount) sums[0] += term(i, V{});
-  const V all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  T total = 0;
-  for (; i < n; ++i) total += term(i, T{});
-  for (int64_t lane = 0; lane < kCount; ++lane) total += all[lane];
-  return total;
-}
-
-template <class V, class T>
-KDCMAE_INLINE V load(const T* from) {
-  V v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
 
 // Subtract `offset` from x; the sum of the results, or of their squares.
 template <class T, bool squares>
@@ -69,7 +30,7 @@ KDCMAE_INLINE T shifted_sum(T* x, int64_t n, T offset) {
   return sum_terms<T>(n, [&](int64_t i, auto zero) KDCMAE_LAMBDA {
     using V = decltype(zero);
     const V y = load<V>(x + i) - offset;
-    std::memcpy(x + i, &y, sizeof y);
+    store(x + i, y);
     return squares ? y * y : y;
   });
 }

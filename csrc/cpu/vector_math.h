@@ -8,6 +8,9 @@
 #include <cstring>
 #include <limits>
 
+// Vectors are passed between inlined functions only, so no calling convention is at stake.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 #define KDCMAE_INLINE inline __attribute__((always_inline))
 #define KDCMAE_LAMBDA __attribute__((always_inline))
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -129,6 +132,44 @@ KDCMAE_INLINE T max_over(int64_t n, T first, F f) {
   }
   for (int l = 1; l < kLanes; ++l) lanes[0] = lanes[l] > lanes[0] ? lanes[l] : lanes[0];
   return lanes[0];
+}
+
+// 64 bytes of T: one register or several, whatever the instruction set of the clone has.
+template <class T>
+struct Lanes {
+  typedef T Type __attribute__((vector_size(64)));
+  static constexpr int64_t kCount = 64 / int64_t(sizeof(T));
+};
+
+template <class V, class T>
+KDCMAE_INLINE V load(const T* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class V, class T>
+KDCMAE_INLINE void store(T* to, V v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+// term(i, V{}) summed over [0, n), V being several lanes or T; always in the same order. Four sums
+// at a time: a single one would wait for each addition.
+template <class T, class Term>
+KDCMAE_INLINE T sum_terms(int64_t n, Term term) {
+  using V = typename Lanes<T>::Type;
+  constexpr int64_t kCount = Lanes<T>::kCount;
+  V sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kCount <= n; i += 4 * kCount) {
+    for (int k = 0; k < 4; ++k) sums[k] += term(i + k * kCount, V{});
+  }
+  for (; i + kCount <= n; i += kCount) sums[0] += term(i, V{});
+  const V all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  T total = 0;
+  for (; i < n; ++i) total += term(i, T{});
+  for (int64_t lane = 0; lane < kCount; ++lane) total += all[lane];
+  return total;
 }
 
 }  // namespace kdcmae_fast
