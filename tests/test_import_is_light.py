@@ -50,22 +50,23 @@ assert "torch" not in sys.modules
     assert "retrieve" in run_python(code)
 
 
-def test_kernels_import_as_fast_as_torch_plus_a_fifth_of_a_second():
-    # Torch is in both processes' memory first, so that its own noise of import cancels: what is
-    # timed is everything that `import kdcmae_fast.kernels` does on top. Minimum of runs: a busy
-    # machine only adds.
+def test_kernels_add_little_to_the_import_of_torch():
+    # Processor time of one process, so that neither a slow nor a busy machine matters; the least of
+    # some runs, since caches do. torch._dynamo alone would be as much again as torch.
     code = """
-import json, time, torch
-start = time.perf_counter()
+import json, time
+start = time.process_time()
+import torch
+torch_is_there = time.process_time()
 import kdcmae_fast.kernels
-print(json.dumps(time.perf_counter() - start))
+print(json.dumps((time.process_time() - torch_is_there) / (torch_is_there - start)))
 """
-    seconds = []
+    shares = []
     for _ in range(5):
-        seconds.append(json.loads(run_python(code)))
-        if min(seconds) < 0.2:
-            break
-    assert min(seconds) < 0.2, seconds
+        shares.append(json.loads(run_python(code)))
+        if shares[-1] < 0.2:
+            return
+    pytest.fail(f"share of torch's own import: {shares}")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell's environment")
