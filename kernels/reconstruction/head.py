@@ -23,11 +23,10 @@ from ..tokens.rows import check_device, check_plan
 from . import reference
 from .head_autograd import HeadReconstructionLoss
 from .lean import LossPlan
+from .op import FLOATS, check_rows
 
 OP = "masked_head_reconstruction_loss"
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_ORDERS = ("auto", "tokens", "masked")
 
 register_op(OP, impls=("triton", "cpp", "torch"))
 
@@ -74,7 +73,9 @@ def masked_head_reconstruction_loss(
     layout = patch_layout(pixels, patch_size)
     check_dtype("pixels", pixels, (torch.uint8, *FLOATS))
     check_plan("plan", plan, pixels.shape[0], layout.num_tokens, pixels.device)
-    masked_only = _check_rows(x, pixels, plan, layout, row_order)
+    check_ndim("x", x, 3, "(K*B, L, D') or (K*B, L - keep, D')")
+    masked_only = check_rows(("x", "row_order"), x, pixels, plan, layout, row_order)
+    check_shape("x", x, (plan.num_views * pixels.shape[0], *x.shape[1:]), "(K*B, tokens, D')")
     operand = _check_head(x, weight, bias, layout, precision)
     if norm_pix and layout.num_values < 2:
         raise ValueError("norm_pix=True needs patches of at least 2 values, these have 1")
@@ -118,29 +119,6 @@ def _plain(
     return reference.masked_reconstruction_loss(
         pred, pixels, plan, static.layout.patch, static.norm_pix, statistics, static.masked_only
     )
-
-
-def _check_rows(x: Tensor, pixels: Tensor, plan: MaskPlan, layout: PatchLayout, order: str) -> bool:
-    """Whether `x` holds masked tokens only."""
-    if order not in _ORDERS:
-        raise ValueError(f"row_order={order!r} is not one of {', '.join(_ORDERS)}")
-    check_ndim("x", x, 3, "(K*B, L, D') or (K*B, L - keep, D')")
-    check_dtype("x", x, FLOATS)
-    check_device("x", x, pixels.device)
-    masked = layout.num_tokens - plan.len_keep
-    if masked == 0:
-        raise ValueError(f"plan masks none of its {layout.num_tokens} tokens: there is no loss")
-    if order == "auto" and plan.len_keep == 0:
-        raise ValueError("plan keeps nothing: say row_order='tokens' or row_order='masked'")
-    lengths = {"tokens": (layout.num_tokens,), "masked": (masked,)}
-    if x.shape[1] not in lengths.get(order, (layout.num_tokens, masked)):
-        raise ValueError(
-            f"x has {x.shape[1]} tokens per row, expected {layout.num_tokens} (all) or"
-            f" {masked} (masked); row_order={order!r}"
-        )
-    rows = plan.num_views * pixels.shape[0]
-    check_shape("x", x, (rows, *x.shape[1:]), "(K*B, tokens, D')")
-    return order == "masked" or x.shape[1] != layout.num_tokens
 
 
 def _check_head(

@@ -14,7 +14,7 @@ from . import reference
 from .fused import FusedReconstructionLoss
 from .lean import LossPlan, MaskedReconstructionLoss
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ORDERS = ("auto", "tokens", "masked")
 
 register_op("masked_reconstruction_loss", impls=("triton", "cpp", "torch"))
@@ -54,9 +54,12 @@ def masked_reconstruction_loss(
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction={reduction!r} is not 'mean' or 'none'")
     layout = patch_layout(pixels, patch_size)
-    check_dtype("pixels", pixels, (torch.uint8, *_FLOATS))
+    check_dtype("pixels", pixels, (torch.uint8, *FLOATS))
     check_plan("plan", plan, pixels.shape[0], layout.num_tokens, pixels.device)
-    masked_only = _check_pred(pred, pixels, plan, layout, pred_order)
+    check_ndim("pred", pred, 3, "(K*B, L, P) or (K*B, L - keep, P)")
+    masked_only = check_rows(("pred", "pred_order"), pred, pixels, plan, layout, pred_order)
+    rows = plan.num_views * pixels.shape[0]
+    check_shape("pred", pred, (rows, pred.shape[1], layout.num_values), "(K*B, tokens, P)")
     if norm_pix and layout.num_values < 2:
         raise ValueError("norm_pix=True needs patches of at least 2 values, these have 1")
     dtype = compute_dtype(pred, pixels)
@@ -82,29 +85,31 @@ def masked_reconstruction_loss(
     return loss.mean() if loss.shape[0] else loss.sum()  # 0 for an empty batch
 
 
-def _check_pred(
-    pred: Tensor, pixels: Tensor, plan: MaskPlan, layout: PatchLayout, order: str
-) -> bool:
-    """Whether `pred` holds masked tokens only."""
+def check_rows(
+    named: tuple[str, str], rows: Tensor, pixels: Tensor, plan: MaskPlan, layout: PatchLayout,
+    order: str,
+) -> bool:  # fmt: skip
+    """Whether `rows` (K*B, tokens, width) holds masked tokens only; raises if it fits neither.
+
+    named: what the rows and their order are called as arguments.
+    """
+    name, order_name = named
     if order not in _ORDERS:
-        raise ValueError(f"pred_order={order!r} is not one of {', '.join(_ORDERS)}")
-    check_ndim("pred", pred, 3, "(K*B, L, P) or (K*B, L - keep, P)")
-    check_dtype("pred", pred, _FLOATS)
-    check_device("pred", pred, pixels.device)
+        raise ValueError(f"{order_name}={order!r} is not one of {', '.join(_ORDERS)}")
+    check_dtype(name, rows, FLOATS)
+    check_device(name, rows, pixels.device)
     masked = layout.num_tokens - plan.len_keep
     if masked == 0:
         raise ValueError(f"plan masks none of its {layout.num_tokens} tokens: there is no loss")
     if order == "auto" and plan.len_keep == 0:
-        raise ValueError("plan keeps nothing: say pred_order='tokens' or pred_order='masked'")
+        raise ValueError(f"plan keeps nothing: say {order_name}='tokens' or {order_name}='masked'")
     lengths = {"tokens": (layout.num_tokens,), "masked": (masked,)}
-    if pred.shape[1] not in lengths.get(order, (layout.num_tokens, masked)):
+    if rows.shape[1] not in lengths.get(order, (layout.num_tokens, masked)):
         raise ValueError(
-            f"pred has {pred.shape[1]} tokens per row, expected {layout.num_tokens} (all) or"
-            f" {masked} (masked); pred_order={order!r}"
+            f"{name} has {rows.shape[1]} tokens per row, expected {layout.num_tokens} (all) or"
+            f" {masked} (masked); {order_name}={order!r}"
         )
-    rows = plan.num_views * pixels.shape[0]
-    check_shape("pred", pred, (rows, pred.shape[1], layout.num_values), "(K*B, tokens, P)")
-    return order == "masked" or pred.shape[1] != layout.num_tokens
+    return order == "masked" or rows.shape[1] != layout.num_tokens
 
 
 def _masked_reconstruction_loss(
