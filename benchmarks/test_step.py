@@ -181,7 +181,7 @@ def test_step(dtype, views, index, provider, full, device, benchmark, record, pr
         pytest.skip(f"{provider} at batch {clips} does not fit into this device's memory")
     kept = activation_bytes(step, step.loss(provider))
     benchmark.group = f"step {preset} B={clips} K={views} {dtype}"
-    benchmark.pedantic(train, rounds=5 if full else 3)
+    benchmark.pedantic(train, rounds=3)
     figures = {"provider": provider, "peak_bytes": peak, "saved_for_backward_bytes": kept}
     if not benchmark.disabled:
         rate = clips / benchmark.stats.stats.min
