@@ -21,17 +21,15 @@ def operands(*shape: int, hidden=10, out=6, dtype=torch.float64) -> list[Tensor]
     ]
 
 
+SHAPES = [(6,), (1, 768), (3, 5, 96), (65, 17), (257, 512), (2, 1023), (2, 3, 4, 8)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(6,), (1, 6), (3, 5, 96), (65, 17), (2, 3, 4, 8)], ids=str)
-def test_forward_and_gradients_are_those_of_the_modules(shape, dtype, value_and_grads):
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_gradients_are_those_of_the_modules(shape, dtype, value_and_grads, three_way):
     leaves = operands(*shape, dtype=dtype)
-    results, wanted = value_and_grads(mlp, leaves), value_and_grads(plain, leaves)
-    assert torch.equal(results[0], wanted[0])
-    exact = value_and_grads(plain, tuple(leaf.detach().double() for leaf in leaves))
-    for result, want, truth in zip(results[1:], wanted[1:], exact[1:], strict=True):
-        assert result.dtype == want.dtype and result.shape == want.shape
-        budget = (want.double() - truth).abs().max()
-        assert (result.double() - truth).abs().max() <= 1.5 * budget + 1e-6
+    assert torch.equal(value_and_grads(mlp, leaves)[0], value_and_grads(plain, leaves)[0])
+    three_way(mlp, plain, leaves)
 
 
 def test_gradcheck():
