@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <tuple>
@@ -270,11 +271,21 @@ KDCMAE_INLINE void accumulate(const T* row, int64_t dim, Wide<T>* sum) {
   for (int64_t i = 0; i < dim; ++i) sum[i] += Wide<T>(row[i]);
 }
 
+// total += recent, recent = 0
+template <class W>
+KDCMAE_INLINE void join(std::vector<W>& recent, int64_t count, W* total) {
+  accumulate(recent.data(), count, total);
+  std::fill_n(recent.begin(), count, W(0));
+}
+
+// Rows are summed some at a time, then these sums: thousands of rows one after the other would cost
+// a digit in float32.
 template <class T>
 void split_gradient(const Sequence& s, const at::Tensor& grad, at::Tensor& dx, at::Tensor& dmask,
                     at::Tensor* dpos) {
   using W = Wide<T>;
   const int64_t rows = grad.size(0), dim = grad.size(2), bytes = dim * int64_t(sizeof(T));
+  const int64_t some = std::max<int64_t>(32, std::ceil(std::sqrt(double(rows))));
   const int64_t blocks = (s.length + kBlock - 1) / kBlock;
   at::Tensor partial = at::zeros({blocks, dim}, dmask.options());
   const T* from = grad.const_data_ptr<T>();
@@ -282,16 +293,20 @@ void split_gradient(const Sequence& s, const at::Tensor& grad, at::Tensor& dx, a
   W* partials = partial.mutable_data_ptr<W>();
   W* positions = dpos == nullptr ? nullptr : dpos->mutable_data_ptr<W>();
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<W> masked(dim), places(positions == nullptr ? 0 : kBlock * dim);
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t last = std::min(s.length, (block + 1) * kBlock);
+      const int64_t first = block * kBlock, last = std::min(s.length, first + kBlock);
       for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t place = block * kBlock; place < last; ++place) {
+        for (int64_t place = first; place < last; ++place) {
           const T* g = from + (row * s.length + place) * dim;
           const int64_t slot = s.slot(row, place);
           if (slot >= 0) std::memcpy(visible + (row * s.visible + slot) * dim, g, bytes);
-          if (slot < 0) accumulate(g, dim, partials + block * dim);
-          if (positions != nullptr) accumulate(g, dim, positions + place * dim);
+          if (slot < 0) accumulate(g, dim, masked.data());
+          if (positions != nullptr) accumulate(g, dim, places.data() + (place - first) * dim);
         }
+        if ((row + 1) % some != 0 && row + 1 != rows) continue;
+        join(masked, dim, partials + block * dim);
+        if (positions != nullptr) join(places, (last - first) * dim, positions + first * dim);
       }
     }
   });

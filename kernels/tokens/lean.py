@@ -21,7 +21,14 @@ from .library import (
     VISIBLE_PATCHES,
 )
 from .patches import PatchLayout, gather_patches, normalize_pixels
-from .rows import masked_tokens, place_rows, rows_of_samples, rows_of_views, visible_tokens
+from .rows import (
+    masked_tokens,
+    place_rows,
+    rows_of_samples,
+    rows_of_views,
+    sum_by_token,
+    visible_tokens,
+)
 
 
 class GatherTokens(torch.autograd.Function):
@@ -180,10 +187,7 @@ class EmbedVisiblePatches(torch.autograd.Function):
             dbias = grad.sum(0, dtype=wide).to(ctx.bias_dtype)
         if need_pos:
             tokens = visible_tokens(token_of_rank, plan.len_keep, plan.num_views)
-            # Adds up rows of equal token in a fixed order, without a dense (B, L, D) in between.
-            dpos = torch.ops.aten.embedding_dense_backward(
-                grad.to(wide), tokens.flatten(), ctx.pos_shape[0], -1, False
-            ).to(ctx.pos_dtype)
+            dpos = sum_by_token(grad.to(wide), tokens, ctx.pos_shape[0]).to(ctx.pos_dtype)
         return None, dweight, dbias, dpos, None, None, None, None
 
 

@@ -50,6 +50,22 @@ def place_rows(values: Tensor, rows: Tensor, zero_rows: Tensor, num_rows: int) -
     return out.index_copy_(0, rows, values).index_fill_(0, zero_rows, 0)
 
 
+def sum_by_token(values: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
+    """(L, D): for each token the sum of its rows of `values` (K*B*n, D); tokens (K, B, n).
+
+    In a fixed order and without a dense (B, L, D) in between. Large batches are summed in parts:
+    thousands of rows one after the other would cost a digit in float32.
+    """
+    batch = tokens.shape[1]
+    parts = min(16, batch // 64 + 1)
+    part = torch.arange(batch, device=tokens.device) % parts
+    places = tokens + (part * num_tokens).unsqueeze(1)
+    sums = torch.ops.aten.embedding_dense_backward(
+        values, places.flatten(), parts * num_tokens, -1, False
+    )
+    return sums.view(parts, num_tokens, -1).sum(0)
+
+
 def check_plan(name: str, plan: MaskPlan, batch: int, tokens: int, device: torch.device) -> None:
     """Raise unless `plan` is a MaskPlan of this batch and token count on `device`."""
     check_mask_plan(name, plan, batch, tokens)

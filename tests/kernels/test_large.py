@@ -7,6 +7,7 @@ from kdcmae_fast.kernels import (
     MaskPlan,
     assemble_decoder_input,
     complementary_masks,
+    distillation_loss,
     embed_visible_patches,
     gather_tokens,
     masked_reconstruction_loss,
@@ -76,3 +77,32 @@ def test_embedding_past_int32():
     last = plan._replace(token_of_rank=plan[0][-1:], rank_of_token=plan[1][-1:])
     expected = embed_visible_patches(pixels[-1:], weight, bias, pos, last, patch_size=16)
     torch.testing.assert_close(y[-1:], expected)
+
+
+def test_distillation_past_int32(impl):
+    """2.2e9 features in half precision, and their gradient: 9 GB."""
+    if impl == "torch":
+        pytest.skip("PyTorch's own ops make several float32 copies of 8.8 GB")
+    batch, width = 2_200, 1_000_003
+    p = torch.zeros(1, width, dtype=torch.float16).expand(batch, width).contiguous()
+    assert p.numel() > 2**31
+    p[-1] = torch.randn(width)
+    q = torch.randn(1, width).half().expand(batch, width)
+    losses = distillation_loss(p.requires_grad_(), q, divergence="kl_12", reduction="none")
+    own = p[-1:].detach().requires_grad_()
+    expected = distillation_loss(own, q[:1], divergence="kl_12", reduction="none")
+    assert torch.equal(losses[-1:], expected)
+    (gradient,) = torch.autograd.grad(losses.sum(), p)
+    assert torch.equal(gradient[-1:], torch.autograd.grad(expected.sum(), own)[0])
+
+
+def test_mask_plan_past_int32(impl):
+    """2.2e9 tokens, noise of 2 bytes each: three times 4.3 GB."""
+    if impl == "torch":
+        pytest.skip("PyTorch's argsort returns int64: 17 GB")
+    batch = 2**31 // 512 + 100
+    noise = torch.zeros(1, 512, dtype=torch.float16).expand(batch, 512).contiguous()
+    noise[-1] = torch.randn(512)
+    plan = complementary_masks(torch.arange(batch), (8, 64), 0.75, noise=noise)
+    assert torch.equal(plan.token_of_rank[-1].long(), noise[-1].argsort(stable=True))
+    assert torch.equal(plan.token_of_rank[-2].long(), torch.arange(512))

@@ -141,6 +141,18 @@ class TestEmbedVisiblePatches:
 
         three_way(fast, plain, leaves)
 
+    @pytest.mark.parametrize("batch, dim", [(1, 1023), (65, 96), (257, 17), (2000, 9)])
+    def test_sizes(self, batch, dim, three_way):
+        """Odd ones, and sums over so many rows that float32 needs more than one running sum."""
+        plan, pixels = make_plan(batch, (7, 7), 0.77, 4), torch.randn(batch, 3, 14, 14)
+        three_way(
+            lambda *leaves: embed_visible_patches(pixels, *leaves, plan, patch_size=2),
+            lambda weight, *rest: reference.embed_visible_patches(
+                pixels.to(weight.dtype), weight, *rest, plan, (2, 2), None
+            ),
+            (torch.randn(dim, 3, 2, 2) / 3.5, torch.randn(dim), torch.randn(49, dim)),
+        )
+
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_gradcheck(self, layout):
         pixels, patch, plan, leaves = embedding_case(layout, torch.float64)

@@ -18,6 +18,7 @@ from kdcmae_fast.kernels.tokens.rows import masked_tokens, visible_tokens
 OP = "gather_tokens"  # of the fixture impl
 pytestmark = pytest.mark.usefixtures("impl")
 
+SIZES = pytest.mark.parametrize("batch, dim", [(1, 1023), (3, 768), (65, 512), (257, 96)])
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -47,8 +48,16 @@ class TestGatherTokens:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_forward_and_gradient_equal_reference(self, dtype, value_and_grads, poison_empty):
-        plan = make_plan(5, (4, 6))
-        x = torch.randn(5, 24, 7).to(dtype)
+        self.equals_reference(
+            make_plan(5, (4, 6)), torch.randn(5, 24, 7).to(dtype), value_and_grads
+        )
+
+    @SIZES
+    def test_sizes(self, batch, dim, value_and_grads):
+        plan = make_plan(batch, (7, 7), 0.77, views=4)
+        self.equals_reference(plan, torch.randn(batch, 49, dim), value_and_grads)
+
+    def equals_reference(self, plan, x, value_and_grads):
         results = value_and_grads(lambda x: gather_tokens(x, plan), (x,))
         expected = value_and_grads(lambda x: reference.gather_tokens(x, plan), (x,))
         assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
@@ -159,6 +168,16 @@ class TestAssembleDecoderInput:
                 leaves[0], plans, *leaves[1:], released
             ),
             leaves,
+        )
+
+    @SIZES
+    def test_sizes(self, batch, dim, three_way):
+        plans = [make_plan(batch, (7, 7), 0.77, 4), make_plan(batch, (3, 5), 0.8, 4)]
+        shapes = ((4 * batch, sum(plan.len_keep for plan in plans), dim), (1, 1, dim), (64, dim))
+        three_way(
+            lambda *leaves: assemble_decoder_input(leaves[0], plans, *leaves[1:]),
+            lambda *leaves: reference.assemble_decoder_input(leaves[0], plans, *leaves[1:], False),
+            tuple(torch.randn(shape) for shape in shapes),
         )
 
     @pytest.mark.parametrize("restore", ("corrected", "released"))
@@ -349,11 +368,8 @@ def test_compiles_into_one_graph(backend):
         expected = token_step(pixels, *leaves, plan)
         result = step(pixels, *leaves, plan)
         torch.testing.assert_close(result, expected)
-        pairs = zip(
-            torch.autograd.grad(result, leaves), torch.autograd.grad(expected, leaves), strict=True
-        )
-        for gradient, wanted in pairs:
-            torch.testing.assert_close(gradient, wanted)
+        gradients = (torch.autograd.grad(loss, leaves) for loss in (result, expected))
+        torch.testing.assert_close(*gradients)
 
 
 def test_two_runs_give_the_same_bits():
