@@ -80,29 +80,25 @@ def test_embedding_past_int32():
 
 
 def test_distillation_past_int32(impl):
-    """2.2e9 features in half precision, and their gradient: 9 GB."""
+    """2.2e9 features of each side in half precision: 9 GB."""
     if impl == "torch":
         pytest.skip("PyTorch's own ops make several float32 copies of 8.8 GB")
     batch, width = 2_200, 1_000_003
-    p = torch.zeros(1, width, dtype=torch.float16).expand(batch, width).contiguous()
+    p = torch.zeros(batch, width, dtype=torch.float16)
     assert p.numel() > 2**31
     p[-1] = torch.randn(width)
     q = torch.randn(1, width).half().expand(batch, width)
-    losses = distillation_loss(p.requires_grad_(), q, divergence="kl_12", reduction="none")
-    own = p[-1:].detach().requires_grad_()
-    expected = distillation_loss(own, q[:1], divergence="kl_12", reduction="none")
-    assert torch.equal(losses[-1:], expected)
-    (gradient,) = torch.autograd.grad(losses.sum(), p)
-    assert torch.equal(gradient[-1:], torch.autograd.grad(expected.sum(), own)[0])
+    losses = distillation_loss(p, q, divergence="kl_12", reduction="none")
+    expected = distillation_loss(p[-1:], q[:1], divergence="kl_12", reduction="none")
+    assert torch.equal(losses[-1:], expected) and losses[0] != losses[-1]
 
 
 def test_mask_plan_past_int32(impl):
-    """2.2e9 tokens, noise of 2 bytes each: three times 4.3 GB."""
+    """2.1e9 tokens: 9 GB of plan."""
     if impl == "torch":
         pytest.skip("PyTorch's argsort returns int64: 17 GB")
-    batch = 2**31 // 512 + 100
-    noise = torch.zeros(1, 512, dtype=torch.float16).expand(batch, 512).contiguous()
-    noise[-1] = torch.randn(512)
-    plan = complementary_masks(torch.arange(batch), (8, 64), 0.75, noise=noise)
-    assert torch.equal(plan.token_of_rank[-1].long(), noise[-1].argsort(stable=True))
-    assert torch.equal(plan.token_of_rank[-2].long(), torch.arange(512))
+    ids = torch.arange(2**31 // 512 + 100)
+    plan = complementary_masks(ids, (8, 64), 0.75)
+    last = complementary_masks(ids[-1:], (8, 64), 0.75)
+    assert torch.equal(plan.token_of_rank[-1:], last.token_of_rank)
+    assert torch.equal(plan.rank_of_token[-1:], last.rank_of_token)
