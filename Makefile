@@ -41,7 +41,7 @@ demo: install  ## pretrain KDC-MAE on synthetic clips, then retrieval, loss plot
 	$(RUN) kdcmae reconstruct --checkpoint $(DEMO)/model --output $(DEMO)/reconstructions
 	@echo "Look at: $(DEMO)/loss.png  $(DEMO)/reconstructions/  $(DEMO)/retrieval/metrics.json"
 
-test: install  ## the test suite (CPU, under 10 minutes)
+test: install  ## the test suite (CPU, 10 to 15 minutes on two cores)
 	$(RUN) $(BIN)/python -m pytest tests
 
 test-slow: install  ## the long multi-process tests that `make test` leaves out
