@@ -7,6 +7,7 @@ are imported by the subcommand that needs them, so that `kdcmae --help` is quick
 import argparse
 import contextlib
 import glob
+import importlib
 import logging
 import os
 import sys
@@ -92,142 +93,6 @@ def _run(arguments: list[str]) -> int:
 
 def _command(arguments: Sequence[str]) -> str | None:
     return next((word for word in arguments if word != "--debug"), None)
-
-
-def _add_source(parser: argparse.ArgumentParser, default_clips: str) -> None:
-    """Options that say which model and which clips."""
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="model folder (or a run folder with one)"
-    )
-    parser.add_argument(
-        "--recipe",
-        metavar="YAML",
-        help="take data.* and train.seed from this file (default: from config.json of the "
-        "checkpoint's run, where there is one)",
-    )
-    parser.add_argument(
-        "--split",
-        choices=("heldout", "train"),
-        help="of the synthetic clips (default: heldout); other sources have one list, data.path",
-    )
-    parser.add_argument(
-        "--num-clips",
-        type=_positive,
-        metavar="N",
-        help=f"clips to take, from the first on (default: {default_clips})",
-    )
-    parser.add_argument(
-        "--batch-size", type=_positive, default=32, metavar="N", help="clips per forward pass"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument(
-        "settings",
-        nargs="*",
-        metavar="key=value",
-        help="data.* settings and train.seed on top, as in data.source=folder data.path=clips",
-    )
-
-
-def _add_retrieve(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser, default_clips="all")
-    parser.add_argument(
-        "--ties",
-        choices=("average", "optimistic", "published"),
-        default="average",
-        help="rank of a pair as similar as other clips are: the middle of them, the best, or all "
-        "of them as the CAV-MAE Sync evaluation counts",
-    )
-    parser.add_argument("--output", metavar="DIR", help="write DIR/metrics.json")
-
-
-def _retrieve(options: argparse.Namespace) -> None:
-    from kdcmae_fast.evaluation.commands import retrieval_table, retrieve
-
-    metrics = retrieve(_source(options), ties=options.ties, output=options.output)
-    print(retrieval_table(metrics))
-    _say_bad(metrics)
-    if options.output:
-        print(f"wrote {os.path.join(options.output, 'metrics.json')}")
-
-
-def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser, default_clips="8, or all if fewer")
-    parser.add_argument(
-        "--output", required=True, metavar="DIR", help="write DIR/<clip>.png and DIR/metrics.json"
-    )
-
-
-def _reconstruct(options: argparse.Namespace) -> None:
-    from kdcmae_fast.evaluation.commands import reconstruct
-
-    metrics = reconstruct(_source(options), options.output)
-    _say_bad(metrics)
-    errors = metrics["mean_error"]
-    print(
-        f"mean squared error on masked patches: video {errors['video']:.4f}, "
-        f"audio {errors['audio']:.4f}"
-        + (" (1 is a patch guessed as flat)" if metrics["norm_pix_loss"] else "")
-    )
-    print(f"wrote {len(metrics['clips'])} pictures and metrics.json to {options.output}")
-
-
-def _source(options: argparse.Namespace) -> Any:
-    from kdcmae_fast.evaluation.commands import EvaluationSource
-
-    return EvaluationSource(
-        checkpoint=options.checkpoint,
-        recipe=options.recipe,
-        overrides=tuple(options.settings),
-        split=options.split,
-        num_clips=options.num_clips,
-        batch_size=options.batch_size,
-        device=options.device,
-        progress=sys.stderr.isatty(),
-    )
-
-
-def _say_bad(metrics: dict[str, Any]) -> None:
-    bad = metrics["bad_clips"]
-    for clip in bad[:10]:
-        print(f"left out {clip['video_id']}: {clip['reason']}", file=sys.stderr)
-    if len(bad) > 10:
-        print(f"left out {len(bad) - 10} more (all are in metrics.json)", file=sys.stderr)
-
-
-def _add_prepare(parser: argparse.ArgumentParser) -> None:
-    from kdcmae_fast.data.prepare.command import add_arguments
-
-    add_arguments(parser)
-
-
-def _prepare(options: argparse.Namespace) -> None:
-    from kdcmae_fast.data.prepare.command import run
-
-    run(options)
-
-
-def _add_doctor(parser: argparse.ArgumentParser) -> None:
-    from kdcmae_fast.data.doctor.command import add_arguments
-
-    add_arguments(parser)
-
-
-def _doctor(options: argparse.Namespace) -> None:
-    from kdcmae_fast.data.doctor.command import run
-
-    run(options)
-
-
-def _add_datasets(parser: argparse.ArgumentParser) -> None:
-    from kdcmae_fast.data.datasets.command import add_arguments
-
-    add_arguments(parser)
-
-
-def _datasets(options: argparse.Namespace) -> None:
-    from kdcmae_fast.data.datasets.command import run
-
-    run(options)
 
 
 def _add_backends(parser: argparse.ArgumentParser) -> None:
@@ -351,12 +216,6 @@ def _log_shown() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
 class Command(NamedTuple):
     """One subcommand: its line in the list, its arguments, what it does with them."""
 
@@ -365,9 +224,24 @@ class Command(NamedTuple):
     run: Callable[[argparse.Namespace], None]
 
 
+def _of_module(summary: str, name: str) -> Command:
+    """The command whose `add_arguments` and `run` are in module `name`, imported when called."""
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        importlib.import_module(name).add_arguments(parser)
+
+    def run(options: argparse.Namespace) -> None:
+        importlib.import_module(name).run(options)
+
+    return Command(summary, add_arguments, run)
+
+
 def _pretrain_parses_itself(_: Any) -> None:
     raise AssertionError("unreachable: `_run` hands the arguments on")
 
+
+DATA = "kdcmae_fast.data"
+EVALUATION = "kdcmae_fast.evaluation.commands"
 
 COMMANDS = {
     "pretrain": Command(
@@ -375,12 +249,12 @@ COMMANDS = {
         _pretrain_parses_itself,
         _pretrain_parses_itself,
     ),
-    "prepare": Command("make a dataset of videos", _add_prepare, _prepare),
-    "doctor": Command("check a dataset before a run", _add_doctor, _doctor),
-    "datasets": Command("published datasets, and lists of them", _add_datasets, _datasets),
-    "retrieve": Command("cross-modal retrieval, both ways", _add_retrieve, _retrieve),
-    "reconstruct": Command(
-        "pictures of masked and reconstructed clips", _add_reconstruct, _reconstruct
+    "prepare": _of_module("make a dataset of videos", f"{DATA}.prepare.command"),
+    "doctor": _of_module("check a dataset before a run", f"{DATA}.doctor.command"),
+    "datasets": _of_module("published datasets, and lists of them", f"{DATA}.datasets.command"),
+    "retrieve": _of_module("cross-modal retrieval, both ways", f"{EVALUATION}.retrieve"),
+    "reconstruct": _of_module(
+        "pictures of masked and reconstructed clips", f"{EVALUATION}.reconstruct"
     ),
     "convert": Command("published checkpoint to model folder, or back", _add_convert, _convert),
     "backends": Command(

@@ -1,10 +1,12 @@
 """What a trained model is worth: features, retrieval, reconstruction pictures, loss curves."""
 
-from kdcmae_fast.evaluation.commands import EvaluationSource, reconstruct, retrieve
 from kdcmae_fast.evaluation.features import ClipFeatures, extract_features
 from kdcmae_fast.evaluation.pictures import draw_clip, reconstruct_batch
 from kdcmae_fast.evaluation.plots import plot_losses
-from kdcmae_fast.evaluation.retrieval import RetrievalScores, retrieval_scores
+from kdcmae_fast.evaluation.ranking import RetrievalScores, retrieval_scores
+from kdcmae_fast.evaluation.reconstruction import reconstruct
+from kdcmae_fast.evaluation.retrieval import retrieve
+from kdcmae_fast.evaluation.source import EvaluationSource
 
 __all__ = [
     "ClipFeatures",

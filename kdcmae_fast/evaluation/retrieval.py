@@ -1,179 +1,64 @@
-"""Cross-modal retrieval: where each clip's own pair ranks among all the others, both ways.
+"""Cross-modal retrieval of a model over a dataset's clips: features, ranks, metrics.json."""
 
-`kernels.retrieval_ranks` counts, for every row and every column of the similarity matrix, the
-entries above and equal to the true pair's: both directions' ranks in one pass and O(N) memory. Here
-they become the figures that papers report.
-"""
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from typing import Any, Literal, NamedTuple, get_args
-
-import numpy as np
-from torch import Tensor
-
-from kdcmae_fast.kernels import retrieval_ranks
-
-Ties = Literal["average", "optimistic", "published"]
-
-RECALL_AT = (1, 5, 10)
+from kdcmae_fast.evaluation.features import extract_features
+from kdcmae_fast.evaluation.ranking import Ties, retrieval_scores
+from kdcmae_fast.evaluation.source import (
+    EvaluationSource,
+    listed_bad,
+    open_source,
+    write_metrics,
+)
+from kdcmae_fast.messages import require_folder
 
 
-class PairCounts(NamedTuple):
-    """How the true pair of every query compares with the whole gallery. N queries.
+def retrieve(
+    source: EvaluationSource, *, ties: Ties = "average", output: str | Path | None = None
+) -> dict[str, Any]:
+    """Cross-modal retrieval in both directions; see `retrieval_scores`.
 
-    above: (N,) int64, gallery items that are more similar to the query than its own pair.
-    equal: (N,) int64, items exactly as similar, the pair itself included (0: its score is NaN).
+    output: folder for metrics.json (None: writes nothing). Returns what metrics.json holds.
     """
-
-    above: Tensor
-    equal: Tensor
-
-
-class DirectionScores(NamedTuple):
-    """Retrieval in one direction.
-
-    recall: share of queries whose pair is among the first k, by k.
-    median_rank: 1 is best. mrr: mean of 1 / rank.
-    tied_queries: queries whose pair is exactly as similar as some other item.
-    """
-
-    recall: dict[int, float]
-    median_rank: float
-    mrr: float
-    tied_queries: int
-
-    def named(self) -> dict[str, float]:
-        """The figures under the names the papers use."""
-        recalls = {f"R@{k}": share for k, share in self.recall.items()}
-        return {
-            **recalls,
-            "median_rank": self.median_rank,
-            "mrr": self.mrr,
-            "tied_queries": self.tied_queries,
-        }
-
-
-class RetrievalScores(NamedTuple):
-    """Both directions over the same N clips; `chance` is a random ranking's expectation."""
-
-    audio_to_video: DirectionScores
-    video_to_audio: DirectionScores
-    chance: dict[str, float]
-    num_clips: int
-    ties: Ties
-
-    def named(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        return {
-            "audio_to_video": self.audio_to_video.named(),
-            "video_to_audio": self.video_to_audio.named(),
-            "chance": self.chance,
-            "num_clips": self.num_clips,
-            "ties": self.ties,
-        }
-
-
-def retrieval_scores(
-    audio: Tensor,
-    video: Tensor,
-    *,
-    ties: Ties = "average",
-    recall_at: tuple[int, ...] = RECALL_AT,
-    tile_size: int | None = None,
-) -> RetrievalScores:
-    """Rank every clip's pair among all N, audio to video and video to audio, by cosine.
-
-    audio, video: (N, D) features, row i of both from clip i; not necessarily normalised.
-    ties: what a query gets whose pair scores exactly as high as e - 1 other items, below g items:
-      "average" rank g + (e + 1) / 2, which constant features cannot exploit; "optimistic" rank
-      g + 1; "published" the CAV-MAE Sync evaluation (arXiv 2505.01237), where the query counts e
-      times, at ranks g + 1 ... g + e, and one whose score is NaN not at all.
-    tile_size: most rows and columns of similarities held at once; None: as suits the machine.
-
-    Raises ValueError for shapes that do not pair up, and for non-finite features unless
-    ties="published".
-    """
-    _check(audio, video, ties, recall_at, tile_size)
-    if ties != "published":
-        _check_finite("audio", audio)
-        _check_finite("video", video)
-    # Every mode of ties follows from the counts; "published" alone lets NaN through.
-    ranks = retrieval_ranks(audio[:, None], video[:, None], ties="published", tile_size=tile_size)
-    rows, columns = (PairCounts(side.above, side.equal) for side in ranks)
-    return RetrievalScores(
-        audio_to_video=summarise(rows, ties, recall_at),
-        video_to_audio=summarise(columns, ties, recall_at),
-        chance=chance_level(len(audio), recall_at),
-        num_clips=len(audio),
-        ties=ties,
+    if output is not None:
+        require_folder(output)
+    opened = open_source(source)
+    features = extract_features(
+        opened.model,
+        opened.dataset,
+        opened.data,
+        num_clips=source.num_clips,
+        batch_size=source.batch_size,
+        progress=source.progress,
     )
+    device = opened.device
+    scores = retrieval_scores(features.audio.to(device), features.video.to(device), ties=ties)
+    metrics = {
+        "command": "retrieve",
+        **opened.described,
+        **scores.named(),
+        **listed_bad(features.bad),
+    }
+    write_metrics(metrics, output)
+    return metrics
 
 
-def summarise(counts: PairCounts, ties: Ties, recall_at: tuple[int, ...]) -> DirectionScores:
-    """Recall, median rank and MRR of one direction; see `retrieval_scores` for `ties`."""
-    above, equal = counts.above.cpu().numpy(), counts.equal.cpu().numpy()
-    if ties == "published":
-        ranks, weights = _spread_ranks(above, equal)
-    else:
-        ranks = above + 1 if ties == "optimistic" else above + (equal + 1) / 2
-        weights = np.ones(len(ranks))
-    total = weights.sum()
-    if total == 0:
-        raise ValueError("no query has a finite similarity to its own pair; check the features")
-    return DirectionScores(
-        recall={k: float(weights[ranks <= k].sum() / total) for k in recall_at},
-        median_rank=_weighted_median(ranks, weights),
-        mrr=float((weights / ranks).sum() / total),
-        tied_queries=int((equal > 1).sum()),
+def retrieval_table(metrics: Mapping[str, Any]) -> str:
+    """The figures of `retrieve` as a table for a terminal, chance level included."""
+    recalls = [name for name in metrics["chance"] if name.startswith("R@")]
+    lines = [f"{'':16}" + "".join(f"{name:>9}" for name in recalls) + f"{'MedR':>9}{'MRR':>9}"]
+    for label, key in (("audio -> video", "audio_to_video"), ("video -> audio", "video_to_audio")):
+        row = metrics[key]
+        cells = "".join(f"{row[name]:>9.1%}" for name in recalls)
+        lines.append(f"{label:16}{cells}{row['median_rank']:>9.1f}{row['mrr']:>9.3f}")
+    chance = metrics["chance"]
+    cells = "".join(f"{chance[name]:>9.1%}" for name in recalls)
+    lines.append(f"{'chance':16}{cells}{chance['median_rank']:>9.1f}{chance['mrr']:>9.3f}")
+    times = [metrics[key]["R@1"] / chance["R@1"] for key in ("audio_to_video", "video_to_audio")]
+    lines.append(
+        f"R@1 is {times[0]:.1f} and {times[1]:.1f} times chance "
+        f"(1 of {metrics['num_clips']} clips: {metrics['clips_of']}; ties: {metrics['ties']})"
     )
-
-
-def chance_level(num_clips: int, recall_at: tuple[int, ...] = RECALL_AT) -> dict[str, float]:
-    """What a random ranking of `num_clips` items scores on average."""
-    recalls = {f"R@{k}": min(k / num_clips, 1.0) for k in recall_at}
-    mrr = float((1 / np.arange(1, num_clips + 1)).mean())
-    return {**recalls, "median_rank": (num_clips + 1) / 2, "mrr": mrr}
-
-
-def _spread_ranks(above: np.ndarray, equal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every rank and how many entries hold it, query i entering at above + 1 ... above + equal."""
-    steps = np.zeros(len(above) + 1, dtype=np.int64)
-    np.add.at(steps, above, (equal > 0).astype(np.int64))
-    np.subtract.at(steps, above + equal, (equal > 0).astype(np.int64))
-    return np.arange(1, len(above) + 1), steps[:-1].cumsum()
-
-
-def _weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
-    """Median of `values`, each repeated `weights` times; the mean of the middle two if even."""
-    order = np.argsort(values, kind="stable")
-    reached = weights[order].cumsum()
-    total = int(reached[-1])
-    middle = np.searchsorted(reached, [(total - 1) // 2, total // 2], side="right")
-    return float(values[order][middle].mean())
-
-
-def _check(
-    audio: Tensor, video: Tensor, ties: str, recall_at: tuple[int, ...], tile_size: int | None
-) -> None:
-    if audio.ndim != 2 or audio.shape != video.shape or len(audio) == 0:
-        raise ValueError(
-            "audio and video must be two (N, D) feature matrices of the same clips, N > 0; got "
-            f"{tuple(audio.shape)} and {tuple(video.shape)}"
-        )
-    if audio.device != video.device:
-        raise ValueError(f"audio is on {audio.device} and video on {video.device}; move one")
-    if ties not in get_args(Ties):
-        raise ValueError(f"ties={ties!r} is not one of {', '.join(get_args(Ties))}")
-    if (tile_size is not None and tile_size < 1) or not recall_at or min(recall_at) < 1:
-        raise ValueError(
-            f"tile_size={tile_size} and recall_at={recall_at} must be positive, at least one k"
-        )
-
-
-def _check_finite(name: str, features: Tensor) -> None:
-    bad = (~features.isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if bad:
-        shown = ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
-        raise ValueError(
-            f"{name} features of {len(bad)} of {len(features)} clips are not finite "
-            f"(rows {shown}); check those clips and the checkpoint"
-        )
+    return "\n".join(lines)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcmae_fast.evaluation.retrieval import PairCounts, retrieval_scores, summarise
+from kdcmae_fast.evaluation.ranking import PairCounts, retrieval_scores, summarise
 
 TIES = ("average", "optimistic", "published")
 

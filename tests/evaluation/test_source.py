@@ -4,14 +4,13 @@ import json
 
 import pytest
 
-from kdcmae_fast.evaluation.commands import (
+from kdcmae_fast.evaluation.reconstruction import reconstruct
+from kdcmae_fast.evaluation.retrieval import retrieval_table, retrieve
+from kdcmae_fast.evaluation.source import (
     EvaluationSource,
     data_settings,
     model_folder,
     pick_device,
-    reconstruct,
-    retrieval_table,
-    retrieve,
 )
 
 RUN = {"config": {"data": {"dataset_mean": -4.0}, "train": {"seed": 7}}, "deepspeed": {}}

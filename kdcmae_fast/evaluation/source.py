@@ -1,25 +1,17 @@
-"""`retrieve` and `reconstruct`: from a model folder and data settings to figures and files.
-
-What `kdcmae retrieve` and `kdcmae reconstruct` run; the same functions serve Python code.
-"""
+"""What an evaluation works on, a model folder and the settings of its clips, and what it writes."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import kdcmae_fast
 from kdcmae_fast.config import DataConfig
 from kdcmae_fast.config_file import load_config, read_yaml
-from kdcmae_fast.data import BadClip, BadClips, ClipDataset, FrontEnd, open_dataset
-from kdcmae_fast.evaluation.features import extract_features, read_clips
-from kdcmae_fast.evaluation.pictures import draw_clip, reconstruct_batch
-from kdcmae_fast.evaluation.retrieval import Ties, retrieval_scores
-from kdcmae_fast.figure import require_matplotlib
-from kdcmae_fast.messages import require_folder
+from kdcmae_fast.data import BadClip, ClipDataset, open_dataset
 from kdcmae_fast.models import from_pretrained
 from kdcmae_fast.models.cav_mae import CavMae
 
@@ -47,93 +39,27 @@ class EvaluationSource:
     progress: bool = field(default=False, compare=False)
 
 
-def retrieve(
-    source: EvaluationSource, *, ties: Ties = "average", output: str | Path | None = None
-) -> dict[str, Any]:
-    """Cross-modal retrieval in both directions; see `retrieval_scores`.
+class Opened(NamedTuple):
+    """What an `EvaluationSource` names.
 
-    output: folder for metrics.json (None: writes nothing). Returns what metrics.json holds.
+    model: on its device, for inference. data, seed: the clips' settings. described: what
+    metrics.json says of all this.
     """
-    if output is not None:
-        require_folder(output)
-    model, dataset, data, described = _open(source)
-    features = extract_features(
-        model,
-        dataset,
-        data,
-        num_clips=source.num_clips,
-        batch_size=source.batch_size,
-        progress=source.progress,
-    )
-    device = next(model.parameters()).device
-    scores = retrieval_scores(features.audio.to(device), features.video.to(device), ties=ties)
-    metrics = {"command": "retrieve", **described, **scores.named(), **_listed(features.bad)}
-    _write_metrics(metrics, output)
-    return metrics
+
+    model: CavMae
+    dataset: ClipDataset
+    data: DataConfig
+    seed: int
+    described: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return next(self.model.parameters()).device
 
 
-def retrieval_table(metrics: Mapping[str, Any]) -> str:
-    """The figures of `retrieve` as a table for a terminal, chance level included."""
-    recalls = [name for name in metrics["chance"] if name.startswith("R@")]
-    lines = [f"{'':16}" + "".join(f"{name:>9}" for name in recalls) + f"{'MedR':>9}{'MRR':>9}"]
-    for label, key in (("audio -> video", "audio_to_video"), ("video -> audio", "video_to_audio")):
-        row = metrics[key]
-        cells = "".join(f"{row[name]:>9.1%}" for name in recalls)
-        lines.append(f"{label:16}{cells}{row['median_rank']:>9.1f}{row['mrr']:>9.3f}")
-    chance = metrics["chance"]
-    cells = "".join(f"{chance[name]:>9.1%}" for name in recalls)
-    lines.append(f"{'chance':16}{cells}{chance['median_rank']:>9.1f}{chance['mrr']:>9.3f}")
-    times = [metrics[key]["R@1"] / chance["R@1"] for key in ("audio_to_video", "video_to_audio")]
-    lines.append(
-        f"R@1 is {times[0]:.1f} and {times[1]:.1f} times chance "
-        f"(1 of {metrics['num_clips']} clips: {metrics['clips_of']}; ties: {metrics['ties']})"
-    )
-    return "\n".join(lines)
-
-
-def reconstruct(source: EvaluationSource, output: str | Path) -> dict[str, Any]:
-    """Draw what the model makes of masked clips: OUTPUT/<clip>.png and OUTPUT/metrics.json.
-
-    source.num_clips=None draws 8 clips. The masks are those of step 0. Returns what metrics.json
-    holds.
-    """
-    require_matplotlib("the reconstruction pictures")
-    require_folder(output)
-    model, dataset, data, described = _open(source)
-    wanted = min(8, len(dataset)) if source.num_clips is None else source.num_clips
-    front_end = FrontEnd(data, model.config)
-    device = next(model.parameters()).device
-    bad = BadClips(len(dataset), data.max_bad_share)
-    pictures: list[dict[str, Any]] = []
-    for raw in read_clips(dataset, data, num_clips=wanted, batch_size=source.batch_size, bad=bad):
-        frames, fbanks = reconstruct_batch(model, front_end(raw, device))
-        for row, index in enumerate(raw.sample_ids.tolist()):
-            name = dataset.video_id(index)
-            path = Path(output) / f"{len(pictures):03d}_{_file_name(name)}.png"
-            draw_clip(path, name, frames, fbanks, row, norm_pix=model.config.norm_pix_loss)
-            errors = {
-                "video": frames.error[:, row].tolist(),
-                "audio": fbanks.error[:, row].tolist(),
-            }
-            pictures.append({"clip": name, "picture": path.name, "error_per_view": errors})
-    if not pictures:
-        raise ValueError(f"none of the {wanted} clips could be used; first: {bad.rows()[0]}")
-    metrics = {
-        "command": "reconstruct",
-        **described,
-        "norm_pix_loss": model.config.norm_pix_loss,
-        "mean_error": _mean_errors(pictures),
-        "clips": pictures,
-        **_listed(bad.rows()),
-    }
-    _write_metrics(metrics, output)
-    return metrics
-
-
-def _open(
-    source: EvaluationSource,
-) -> tuple[CavMae, ClipDataset, DataConfig, dict[str, Any]]:
-    """Model on its device, dataset, data settings, and what to say of them in metrics.json."""
+def open_source(source: EvaluationSource) -> Opened:
+    """Model and clips; ValueError naming the setting for what is not there or does not fit."""
     folder = model_folder(source.checkpoint)
     data, seed, origin = data_settings(folder, source.recipe, source.overrides)
     model = from_pretrained(folder)
@@ -151,7 +77,7 @@ def _open(
         "data": asdict(data),
         "seed": seed,
     }
-    return model, dataset, data, described
+    return Opened(model, dataset, data, seed, described)
 
 
 def model_folder(checkpoint: str | Path) -> Path:
@@ -211,24 +137,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _mean_errors(pictures: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    means = {}
-    for modality in ("video", "audio"):
-        errors = [error for clip in pictures for error in clip["error_per_view"][modality]]
-        means[modality] = sum(errors) / len(errors)
-    return means
-
-
-def _listed(bad: Iterable[BadClip]) -> dict[str, Any]:
+def listed_bad(bad: Iterable[BadClip]) -> dict[str, Any]:
+    """`bad_clips` of metrics.json."""
     return {"bad_clips": [clip._asdict() for clip in bad]}
 
 
-def _file_name(video_id: str) -> str:
+def file_name(video_id: str) -> str:
     """A name that is safe as a file's on any system."""
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in video_id)
 
 
-def _write_metrics(metrics: Mapping[str, Any], output: str | Path | None) -> None:
+def write_metrics(metrics: Mapping[str, Any], output: str | Path | None) -> None:
+    """OUTPUT/metrics.json; None writes nothing."""
     if output is None:
         return
     folder = Path(output)

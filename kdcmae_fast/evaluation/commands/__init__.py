@@ -1,0 +1,1 @@
+"""Command lines of the evaluations: arguments in, one library call, text out."""
