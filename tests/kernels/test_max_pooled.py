@@ -365,18 +365,6 @@ def test_cpp_results_do_not_depend_on_the_number_of_threads():
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
-def test_diagonal_maps():
-    maps, vectors = pairs(5, dtype=torch.float32)
-    wanted = similarities(maps.double(), vectors.double()).diagonal().t()
-    result = diagonal_maps(maps, vectors)
-    assert result.dtype == torch.float32
-    torch.testing.assert_close(result.double(), wanted, rtol=1e-5, atol=1e-5)
-    plain = diagonal_maps(maps.bfloat16(), vectors, temperature=1.0, normalize=False)
-    torch.testing.assert_close(plain, (maps.bfloat16().float() * vectors[:, None]).sum(2))
-    assert torch.autograd.gradcheck(diagonal_maps, pairs(3, 2, 4))
-    assert diagonal_maps(torch.ones(0, 3, 2), torch.ones(0, 2)).shape == (0, 3)
-
-
 @pytest.mark.large
 def test_past_int32(impl):
     """2.15e9 map values in half precision and as many gradients; 9 GB."""

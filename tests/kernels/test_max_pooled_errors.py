@@ -1,9 +1,9 @@
-"""Wrong arguments of the max-pooled InfoNCE and of diagonal_maps."""
+"""Wrong arguments of the max-pooled InfoNCE."""
 
 import pytest
 import torch
 
-from kdcmae_fast.kernels import diagonal_maps, max_pooled_info_nce
+from kdcmae_fast.kernels import max_pooled_info_nce
 
 MAPS, VECTORS = torch.zeros(4, 5, 3), torch.zeros(4, 3)
 
@@ -31,12 +31,3 @@ MAPS, VECTORS = torch.zeros(4, 5, 3), torch.zeros(4, 3)
 def test_errors_name_the_argument(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         max_pooled_info_nce(*arguments, **options)
-
-
-def test_errors_of_diagonal_maps():
-    with pytest.raises(ValueError, match="vectors must be"):
-        diagonal_maps(MAPS, VECTORS[:, :2])
-    with pytest.raises(ValueError, match="temperature must be positive and finite, got -1"):
-        diagonal_maps(MAPS, VECTORS, temperature=-1)
-    with pytest.raises(ValueError, match="impl='cpp' of diagonal_maps is not available here"):
-        diagonal_maps(MAPS, VECTORS, impl="cpp")

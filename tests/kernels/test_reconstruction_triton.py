@@ -119,6 +119,16 @@ def test_nan_in_visible_patches_and_strided_predictions(triton_device):
     assert not gradient.isnan().any()
 
 
+def test_same_bits_every_time(triton_device):
+    pixels, patch, plan, pred = case(triton_device, "audio", torch.float32)
+    pred.requires_grad_()
+    results = []
+    for _ in range(2):
+        loss = masked_reconstruction_loss(pred, pixels, plan, patch_size=patch, impl="triton")
+        results.append([loss, torch.autograd.grad(loss, pred)[0]])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 def test_empty_batch(triton_device):
     _, _, plan, _ = case(triton_device, "audio", torch.float32)
     empty = plan._replace(
