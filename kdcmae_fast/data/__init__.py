@@ -2,7 +2,7 @@
 
 from kdcmae_fast.data.augment import label_vectors
 from kdcmae_fast.data.bad import BadClip, BadClips, TooManyBadClips
-from kdcmae_fast.data.clip import Clip, ClipDataset, ClipError
+from kdcmae_fast.data.clip import Clip, ClipDataset, ClipError, ClipFrames
 from kdcmae_fast.data.fbank import kaldi_fbank, remove_mean
 from kdcmae_fast.data.frontend import FrontEnd, RawBatch
 from kdcmae_fast.data.loader import Loader, make_loader
@@ -15,6 +15,7 @@ __all__ = [
     "Clip",
     "ClipDataset",
     "ClipError",
+    "ClipFrames",
     "FrontEnd",
     "Loader",
     "RawBatch",

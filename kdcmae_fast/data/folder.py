@@ -1,10 +1,18 @@
 """A plain folder of videos as a dataset, each video decoded when it is needed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from kdcmae_fast.data.clip import FRAME_STREAM, Clip, ClipError, keyed_rng
+from kdcmae_fast.data.clip import (
+    FRAME_STREAM,
+    Clip,
+    ClipError,
+    ClipFrames,
+    checked_numbers,
+    keyed_rng,
+)
 from kdcmae_fast.data.media import MediaError, MediaOptions
-from kdcmae_fast.data.video import read_video
+from kdcmae_fast.data.video import read_video, read_video_frames
 
 KINDS = "3gp avi flv m4v mkv mov mp4 mpeg mpg mts ogv ts webm wmv"  # known file extensions
 EXTENSIONS = frozenset(f".{kind}" for kind in KINDS.split())
@@ -48,3 +56,26 @@ class VideoFolder:
         except MediaError as error:
             raise ClipError(name, str(error)) from error
         return Clip(name, index, waveform, frame, -1)
+
+    def read_frames(
+        self,
+        index: int,
+        num_frames: int | None = None,
+        *,
+        only: Sequence[int] | None = None,
+        epoch: int | None = None,
+    ) -> ClipFrames:
+        """Sound and frames of clip `index`, CLIP_ROWS of sound or less; see ClipDataset.
+
+        num_frames: None is data.num_frames; they are those shown in the middles of equal parts.
+        """
+        name = self.video_id(index)
+        count = self.options.num_frames if num_frames is None else num_frames
+        numbers = checked_numbers(only, count)
+        rng = None if epoch is None else keyed_rng(self.seed, FRAME_STREAM, epoch, index)
+        path = str(self.root / self.names[index])
+        try:
+            waveform, frames, times = read_video_frames(path, self.options, numbers, count, rng)
+        except MediaError as error:
+            raise ClipError(name, str(error)) from error
+        return ClipFrames(name, index, waveform, frames, times, -1)

@@ -7,14 +7,23 @@ The JSON is {"data": [{"video_id", "wav", "video_path", "labels"}, ...]}; frame 
 
 import csv
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from kdcmae_fast.data.clip import FRAME_STREAM, Clip, ClipError, keyed_rng
+from kdcmae_fast.data.clip import (
+    FRAME_STREAM,
+    Clip,
+    ClipError,
+    ClipFrames,
+    keyed_rng,
+    pick_frames,
+)
 from kdcmae_fast.data.media import (
     MediaError,
     MediaOptions,
@@ -70,11 +79,53 @@ class ManifestClips:
             waveform, window, duration = read_sound(entry.wav, self.options, rng)
             count = self.options.num_frames
             k = nearest_frame(np.arange(count) * (duration / count), window, rng)
-            path = f"{entry.video_path}/frame_{k}/{entry.video_id}.jpg"
-            frame = read_picture(path, self.options.img_size)
+            frame = read_picture(self._frame_path(entry, k), self.options.img_size)
         except MediaError as error:
             raise ClipError(entry.video_id, str(error)) from error
         return Clip(entry.video_id, index, waveform, frame, entry.label, entry.classes)
+
+    def read_frames(
+        self,
+        index: int,
+        num_frames: int | None = None,
+        *,
+        only: Sequence[int] | None = None,
+        epoch: int | None = None,
+    ) -> ClipFrames:
+        """All sound and frames of clip `index`; see ClipDataset.
+
+        num_frames: None is data.num_frames. Frame k of n in the folders is taken to be shown at
+        k / n of the sound, as CAV-MAE's preparation cuts them.
+        """
+        entry = self.entries[index]
+        count = self.options.num_frames if num_frames is None else num_frames
+        try:
+            stored = self._stored(entry, count)
+            numbers = pick_frames(count, only, stored, f"{entry.video_path}, {entry.video_id}")
+            waveform, _, duration = read_sound(entry.wav, self.options, None)
+            paths = [self._frame_path(entry, k) for k in numbers]
+            frames = torch.stack([read_picture(path, self.options.img_size) for path in paths])
+        except MediaError as error:
+            raise ClipError(entry.video_id, str(error)) from error
+        times = np.asarray(numbers * (duration / stored), dtype=np.float64)
+        return ClipFrames(
+            entry.video_id, index, waveform, frames, times, entry.label, entry.classes
+        )
+
+    def _stored(self, entry: Entry, wanted: int) -> int:
+        """Frames there are of a clip; MediaError when it has fewer than others beside it."""
+        stored = 0
+        while os.path.exists(self._frame_path(entry, stored)):
+            stored += 1
+        if stored == 0 or (
+            stored < wanted and os.path.isdir(f"{entry.video_path}/frame_{wanted - 1}")
+        ):
+            raise MediaError(f"{self._frame_path(entry, stored)}: No such file", "missing")
+        return stored
+
+    @staticmethod
+    def _frame_path(entry: Entry, k: int) -> str:
+        return f"{entry.video_path}/frame_{k}/{entry.video_id}.jpg"
 
     def label_sets(self) -> Iterator[tuple[int, ...]]:
         """The class numbers of every clip; () where labels were not read."""

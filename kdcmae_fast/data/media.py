@@ -60,7 +60,7 @@ class MediaOptions:
     @property
     def seconds(self) -> float:
         """Longest sound a clip uses: just enough for `audio_length` rows."""
-        return (FRAME_LENGTH + (self.audio_length - 1) * FRAME_SHIFT) / SAMPLE_RATE
+        return seconds_of_rows(self.audio_length)
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,11 @@ class Window:
 
     start: float
     seconds: float
+
+
+def seconds_of_rows(rows: int) -> float:
+    """Seconds of sound that `rows` fbank rows need."""
+    return (FRAME_LENGTH + (rows - 1) * FRAME_SHIFT) / SAMPLE_RATE
 
 
 def choose_window(duration: float | None, seconds: float, rng: np.random.Generator) -> Window:
@@ -104,9 +109,12 @@ def require_file(path: str) -> None:
 
 
 def read_sound(
-    path: str, options: MediaOptions, rng: np.random.Generator
+    path: str, options: MediaOptions, rng: np.random.Generator | None
 ) -> tuple[Tensor, Window, float]:
-    """Sound of a wav, flac or other file libsndfile reads: waveform, its window, file's seconds."""
+    """Sound of a wav, flac or other file libsndfile reads: waveform, its window, file's seconds.
+
+    rng: draws the window; None: the whole file.
+    """
     import soundfile
 
     require_file(path)
@@ -115,7 +123,9 @@ def read_sound(
             duration = file.frames / file.samplerate
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise MediaError(f"{path}: cannot decode the sound: {error}") from error
-    window = choose_window(duration, options.seconds, rng)
+    window = Window(0.0, duration)
+    if rng is not None:
+        window = choose_window(duration, options.seconds, rng)
     samples, rate = decode_sound(path, window, path)
     return finish_waveform(samples, rate, options), window, duration
 

@@ -24,6 +24,8 @@ from kdcmae_fast.data.clip import (
     SAMPLE_RATE,
     SCENE_STREAM,
     Clip,
+    ClipFrames,
+    checked_numbers,
     keyed_rng,
 )
 from kdcmae_fast.data.shapes import SHAPES, draw, pixel_box
@@ -167,9 +169,32 @@ class SyntheticClips:
             scene.label,
         )
 
-    def frame_times(self) -> list[float]:
-        """Seconds at which frames may be taken."""
-        return [(k + 0.5) * self.clip_seconds / self.num_frames for k in range(self.num_frames)]
+    def read_frames(
+        self,
+        index: int,
+        num_frames: int | None = None,
+        *,
+        only: Sequence[int] | None = None,
+        epoch: int | None = None,
+    ) -> ClipFrames:
+        """All sound and frames of clip `index`; see ClipDataset. None is data.num_frames."""
+        count = self.num_frames if num_frames is None else num_frames
+        numbers = checked_numbers(only, count)
+        times = np.asarray(self.frame_times(count))[numbers]
+        scene = self.truth(index)
+        return ClipFrames(
+            self.video_id(index),
+            index,
+            torch.from_numpy(self._sound(scene, index)),
+            self.frames(index, times.tolist()),
+            times,
+            scene.label,
+        )
+
+    def frame_times(self, num_frames: int | None = None) -> list[float]:
+        """Seconds at which frames may be taken; None is data.num_frames."""
+        count = self.num_frames if num_frames is None else num_frames
+        return [(k + 0.5) * self.clip_seconds / count for k in range(count)]
 
     def frame_time(self, index: int, epoch: int) -> float:
         """Time in seconds of the frame that `read(index, epoch)` returns."""

@@ -1,13 +1,16 @@
-"""Video files, decoded on the fly: the seconds of sound and the one frame a clip needs."""
+"""Video files, decoded on the fly: the seconds of sound and the frames a clip needs."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdcmae_fast.data.clip import CLIP_ROWS
 from kdcmae_fast.data.media import (
     MIN_SECONDS,
     MediaError,
@@ -18,6 +21,7 @@ from kdcmae_fast.data.media import (
     fit_picture,
     require_file,
     require_length,
+    seconds_of_rows,
 )
 
 GAP_SECONDS = 0.05  # a jump of the sound's clock by more is a gap, less is rounding
@@ -31,23 +35,75 @@ def read_video(path: str, options: MediaOptions, rng: np.random.Generator) -> tu
     Two draws from `rng`: where the window lies in a file longer than a clip, and which of
     `num_frames` times in the window (the middles of equal parts) the frame is taken at.
     """
+    with _readable(path) as file:
+        sound, picture = media_streams(file)
+        window = choose_window(common_seconds(file, sound, picture), options.seconds, rng)
+        share = (int(rng.integers(options.num_frames)) + 0.5) / options.num_frames
+        waveform, [(_, frame)] = _read_parts(file, (sound, picture), window, [share], options)
+    return waveform, frame
+
+
+def read_video_frames(
+    path: str,
+    options: MediaOptions,
+    numbers: Sequence[int] | NDArray[np.int64],
+    num_frames: int,
+    rng: np.random.Generator | None = None,
+) -> tuple[Tensor, Tensor, NDArray[np.float64]]:
+    """Waveform (N,), frames (n, 3, img_size, img_size) and their own times (n,) of a video file.
+
+    The window has at most CLIP_ROWS fbank rows of sound; rng: draws where it lies in a longer file
+    (None: at the start). numbers: n of the num_frames frames shown in the middles of equal parts.
+    times: seconds from the window's start at which each frame's showing begins.
+    """
+    with _readable(path) as file:
+        sound, picture = media_streams(file)
+        seconds = seconds_of_rows(max(CLIP_ROWS, options.audio_length))
+        stated = common_seconds(file, sound, picture)
+        if rng is None:
+            window = Window(0.0, seconds if stated is None else min(stated, seconds))
+        else:
+            window = choose_window(stated, seconds, rng)
+        shares = [(float(k) + 0.5) / num_frames for k in numbers]
+        waveform, shown = _read_parts(file, (sound, picture), window, shares, options)
+    times = np.asarray([time - window.start for time, _ in shown], dtype=np.float64)
+    return waveform, torch.stack([frame for _, frame in shown]), times
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[Any]:
+    """The container; what goes wrong in it becomes a MediaError."""
     import av
 
     require_file(path)
     try:
-        with open_video(path) as f:
-            sound, picture = media_streams(f)
-            origin = (f.start_time or 0) / MICROSECONDS
-            window = choose_window(common_seconds(f, sound, picture), options.seconds, rng)
-            share = (int(rng.integers(options.num_frames)) + 0.5) / options.num_frames
-            samples = decode_window(f, sound, window, origin)
-            waveform = finish_waveform(samples, sound.codec_context.sample_rate, options)
-            heard = min(window.seconds, samples.shape[1] / sound.codec_context.sample_rate)
-            pixels = _read_frame(f, picture, window.start + share * heard, origin)
+        with open_video(path) as file:
+            yield file
     except (av.FFmpegError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise MediaError(f"cannot decode, truncated or damaged: {reason}") from error
-    return waveform, fit_picture(pixels, options.img_size)
+
+
+def _read_parts(
+    container: Any,
+    streams: tuple[Any, Any],
+    window: Window,
+    shares: Sequence[float],
+    options: MediaOptions,
+) -> tuple[Tensor, list[tuple[float, Tensor]]]:
+    """The window's sound, and the frames at `shares` of it with their times in the file."""
+    sound, picture = streams
+    origin = (container.start_time or 0) / MICROSECONDS
+    samples = decode_window(container, sound, window, origin)
+    waveform = finish_waveform(samples, sound.codec_context.sample_rate, options)
+    heard = min(window.seconds, samples.shape[1] / sound.codec_context.sample_rate)
+    times = [window.start + share * heard for share in shares]
+    order = sorted(range(len(times)), key=times.__getitem__)
+    found: dict[int, tuple[float, Tensor]] = {}
+    shown = _read_frames(container, picture, [times[place] for place in order], origin)
+    for place, (time, pixels) in zip(order, shown, strict=True):
+        found[place] = (time, fit_picture(pixels, options.img_size))
+    return waveform, [found[place] for place in range(len(times))]
 
 
 def open_video(path: str) -> Any:
@@ -149,19 +205,29 @@ def _sound_pieces(
                 yield part.time, np.asarray(part.to_ndarray(), dtype=np.float32)
 
 
-def _read_frame(container: Any, stream: Any, time: float, origin: float) -> NDArray[np.uint8]:
-    """(H, W, 3) upright RGB frame shown at `time` seconds."""
-    target = origin + time
-    container.seek(max(0, int(target / stream.time_base)), stream=stream)
+def _read_frames(
+    container: Any, stream: Any, times: Sequence[float], origin: float
+) -> Iterator[tuple[float, NDArray[np.uint8]]]:
+    """The frames shown at `times` seconds, ascending: when each begins, (H, W, 3) upright RGB."""
+    container.seek(max(0, int((origin + times[0]) / stream.time_base)), stream=stream)
     shown = None
+    missing = list(times)
     for frame in container.decode(stream):
         if frame.time is None:
             continue
-        if frame.time > target and shown is not None:
-            break
+        while missing and frame.time > origin + missing[0]:
+            yield _upright(shown or frame, stream, missing.pop(0), origin)
+        if not missing:
+            return
         shown = frame
-        if frame.time > target:
-            break
+    for time in missing:
+        yield _upright(shown, stream, time, origin)
+
+
+def _upright(
+    shown: Any, stream: Any, time: float, origin: float
+) -> tuple[float, NDArray[np.uint8]]:
+    """A decoded frame's own time and its picture, checked to be the one at `time` seconds."""
     if shown is None:
         raise MediaError(f"no video frame at {time:.2f} s: truncated or damaged")
     rate = float(stream.average_rate or 1)
@@ -169,4 +235,4 @@ def _read_frame(container: Any, stream: Any, time: float, origin: float) -> NDAr
     if shown.is_corrupt:
         raise MediaError(f"damaged video frame at {time:.2f} s")
     pixels = shown.to_ndarray(format="rgb24")
-    return np.rot90(pixels, k=round(shown.rotation / 90) % 4)
+    return shown.time - origin, np.rot90(pixels, k=round(shown.rotation / 90) % 4)

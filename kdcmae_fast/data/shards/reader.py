@@ -3,7 +3,7 @@
 import io
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,7 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcmae_fast.data.clip import FRAME_STREAM, SAMPLE_RATE, Clip, ClipError, keyed_rng
+from kdcmae_fast.data.clip import (
+    FRAME_STREAM,
+    SAMPLE_RATE,
+    Clip,
+    ClipError,
+    ClipFrames,
+    keyed_rng,
+    pick_frames,
+)
 from kdcmae_fast.data.manifest import read_label_csv
 from kdcmae_fast.data.media import (
     MediaError,
@@ -108,6 +116,27 @@ class ShardClips:
         except MediaError as error:
             raise ClipError(row.id, str(error)) from error
         return Clip(row.id, index, waveform, frame, classes[0] if classes else -1, classes)
+
+    def read_frames(
+        self,
+        index: int,
+        num_frames: int | None = None,
+        *,
+        only: Sequence[int] | None = None,
+        epoch: int | None = None,
+    ) -> ClipFrames:
+        """All sound and frames of clip `index`; see ClipDataset. Times are those stored."""
+        shard, row = self._find(index)
+        numbers = pick_frames(num_frames, only, len(row.frames), f"{self.root}, clip {row.id}")
+        try:
+            waveform, _ = self._sound(shard, row, None)
+            frames = torch.stack([self._picture(shard, row, k) for k in numbers.tolist()])
+            classes = self._classes(row)
+        except MediaError as error:
+            raise ClipError(row.id, str(error)) from error
+        times = row.frame_times[numbers].astype(np.float64)
+        label = classes[0] if classes else -1
+        return ClipFrames(row.id, index, waveform, frames, times, label, classes)
 
     def label_sets(self) -> Iterator[tuple[str, ...]]:
         """The labels of every clip, as they were prepared; reads every shard's index."""
