@@ -253,6 +253,9 @@ COMMANDS = {
     "doctor": _of_module("check a dataset before a run", f"{DATA}.doctor.command"),
     "datasets": _of_module("published datasets, and lists of them", f"{DATA}.datasets.command"),
     "retrieve": _of_module("cross-modal retrieval, both ways", f"{EVALUATION}.retrieve"),
+    "inpaint": _of_module(
+        "hide parts of clips, fill them in: pictures and sounds", f"{EVALUATION}.inpaint"
+    ),
     "reconstruct": _of_module(
         "pictures of masked and reconstructed clips", f"{EVALUATION}.reconstruct"
     ),

@@ -170,6 +170,17 @@ def mel_filters(
     return torch.cat([triangles, triangles.new_zeros(1, num_mel_bins)])
 
 
+def mel_edges(num_mel_bins: int, sample_rate: int = 16_000, low_freq: float = 20.0) -> list[float]:
+    """Hz between which each mel bin counts most: num_mel_bins + 1 edges from 0 to half the rate.
+
+    Halfway in mel between the middles of neighbouring filters; the filters reach to Nyquist.
+    """
+    lowest, highest = (1127 * math.log1p(f / 700) for f in (low_freq, sample_rate / 2))
+    width = (highest - lowest) / (num_mel_bins + 1)
+    between = [lowest + (i + 0.5) * width for i in range(1, num_mel_bins)]
+    return [0.0, *(700 * math.expm1(mel / 1127) for mel in between), sample_rate / 2]
+
+
 def _frame_sizes(sample_rate: int) -> tuple[int, int]:
     """Samples in 25 ms and in 10 ms."""
     return sample_rate * 25 // 1000, sample_rate // 100

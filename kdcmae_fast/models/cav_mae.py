@@ -5,6 +5,7 @@ from torch.distributed import ProcessGroup
 
 from kdcmae_fast.batch import Batch
 from kdcmae_fast.config import ModelConfig
+from kdcmae_fast.kernels import MaskPlan
 
 from .decoder import Decoder
 from .encoder import Encoder
@@ -81,9 +82,18 @@ class CavMae(PretrainedModel):
     def reconstruct(
         self, batch: Batch, plans: Plans | None = None, step: int = 0
     ) -> Reconstruction:
-        """Predicted patches of all tokens under each view's mask; arguments as in `forward`."""
-        plans = self._plans(batch, plans, step)
-        batch = self._rows(batch)
+        """Predicted patches of all tokens under each view's mask; arguments as in `forward`.
+
+        plans: of as many rows as there are clips they may have any number of views, whatever the
+        model trains with, and keep none or all of a modality's tokens.
+        """
+        clips = batch.fbank.shape[0]
+        audio = (plans or {}).get("audio")
+        if plans and isinstance(audio, MaskPlan) and len(audio.token_of_rank) == clips:
+            check_plans(self.config, plans, clips, audio.num_views)
+        else:
+            plans = self._plans(batch, plans, step)
+            batch = self._rows(batch)
         latents = self.encoder(batch.fbank, batch.frames, plans, ("joint",))
         audio, video = self.decoder(latents.joint, plans, masked_only=False)
         return Reconstruction(audio, video, plans)

@@ -77,20 +77,25 @@ def removed_share(config: ModelConfig, stream: int, step: int) -> float:
     return config.mask_ratio if own is None else own
 
 
-def check_plans(config: ModelConfig, plans: Plans, batch: int) -> None:
-    """ValueError unless `plans` suit this model and a batch of `batch` clips."""
+def check_plans(config: ModelConfig, plans: Plans, batch: int, views: int | None = None) -> None:
+    """ValueError unless `plans` suit this model and a batch of `batch` clips.
+
+    views: how many views each plan has of its clips (None: as the model trains).
+    """
     if sorted(plans) != sorted(MODALITIES):
         raise ValueError(f"plans must have the keys audio and video, got {sorted(plans)}")
     for name, grid in (("audio", audio_grid(config)), ("video", video_grid(config))):
         plan, tokens = plans[name], grid[0] * grid[1]
         if not isinstance(plan, MaskPlan):
             raise ValueError(f"plans[{name!r}] must be a MaskPlan, got {type(plan).__name__}")
-        views = (config.num_views, batch)
-        if config.views == "independent":
-            views = (1, config.num_views * batch)
+        wanted = (config.num_views, batch, tokens)
+        if views is not None:
+            wanted = (views, batch, tokens)
+        elif config.views == "independent":
+            wanted = (1, config.num_views * batch, tokens)
         got = (plan.num_views, plan.token_of_rank.shape[0], plan.num_tokens)
-        if got != (*views, tokens):
+        if got != wanted:
             raise ValueError(
                 f"plans[{name!r}] has (views, rows, tokens) = {got}, this model needs "
-                f"{(*views, tokens)} for a batch of {batch}"
+                f"{wanted} for a batch of {batch}"
             )

@@ -7,6 +7,10 @@ from kdcmae_fast.evaluation.commands.options import add_source, say_bad, source_
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
+    parser.description = (
+        "Pictures of clips under the masks of training. `kdcmae inpaint` hides what you name, "
+        "makes the sound audible and prints baselines."
+    )
     add_source(parser, default_clips="8, or all if fewer")
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="write DIR/<clip>.png and DIR/metrics.json"
@@ -15,14 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Reconstruct, print the errors, write."""
+    from kdcmae_fast.evaluation.inpainting import inpainting_table
     from kdcmae_fast.evaluation.reconstruction import reconstruct
 
     metrics = reconstruct(source_of(options), options.output)
     say_bad(metrics)
-    errors = metrics["mean_error"]
-    print(
-        f"mean squared error on masked patches: video {errors['video']:.4f}, "
-        f"audio {errors['audio']:.4f}"
-        + (" (1 is a patch guessed as flat)" if metrics["norm_pix_loss"] else "")
-    )
-    print(f"wrote {len(metrics['clips'])} pictures and metrics.json to {options.output}")
+    print(inpainting_table(metrics))
+    print(f"wrote {len(metrics['pictures'])} pictures and metrics.json to {options.output}")
