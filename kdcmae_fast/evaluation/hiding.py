@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from kdcmae_fast.models.outputs import Plans
 
 Span = tuple[float, float]
 Box = tuple[float, float, float, float]
+Spans = dict[str, list[tuple[float, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,8 @@ class Hiding:
             raise ValueError(f"hide={self.hide!r} must be audio or video")
         if self.mask_ratio is not None and not 0 <= self.mask_ratio <= 1:
             raise ValueError(f"mask_ratio={self.mask_ratio} must be in 0..1")
+        if self.views < 1:
+            raise ValueError(f"views={self.views} must be at least 1")
         for modality in MODALITIES:
             self._check_one_thing(modality)
         if self.views > 1 and (self.hide or any(map(self.spans, MODALITIES))):
@@ -86,11 +89,11 @@ class Hidden(NamedTuple):
     how: str
     patches: int
     of: int
-    spans: dict[str, list[tuple[float, ...]]]
+    spans: Spans
 
     def __str__(self) -> str:
         if self.how in ("all", "nothing"):
-            return f"{self.how} of it"
+            return self.how
         where = "; ".join(
             {"seconds": "{:.2f} to {:.2f} s", "hz": "{:.0f} to {:.0f} Hz"}.get(
                 axis, "box {:.2f},{:.2f},{:.2f},{:.2f}"
@@ -131,9 +134,8 @@ def _hide(
     if hiding.hide == modality:
         return _fixed_plan(torch.ones(grid), sample_ids), Hidden("all", tokens, tokens, {})
     if hiding.spans(modality):
-        inside, spans = (
-            _audio_spans(hiding, config) if modality == "audio" else _boxes(hiding, grid)
-        )
+        find = _audio_spans if modality == "audio" else _boxes
+        inside, spans = find(hiding, config)
         plan = _fixed_plan(inside, sample_ids)
         return plan, Hidden("spans", tokens - plan.len_keep, tokens, spans)
     mode = hiding.mode(modality)
@@ -168,15 +170,13 @@ def _fixed_plan(hidden: Tensor, sample_ids: Tensor) -> MaskPlan:
     return MaskPlan(first, second, len_keep=keep, num_views=1, num_tokens=hidden.numel())
 
 
-def _audio_spans(
-    hiding: Hiding, config: ModelConfig
-) -> tuple[Tensor, dict[str, list[tuple[float, ...]]]]:
+def _audio_spans(hiding: Hiding, config: ModelConfig) -> tuple[Tensor, Spans]:
     """(frequency, time) patches inside the spans, and the spans as they came out."""
     rows, columns = audio_grid(config)
     patch = config.patch_size
     times = [column * patch * FRAME_SHIFT / SAMPLE_RATE for column in range(columns + 1)]
     bands = mel_edges(config.num_mel_bins)[::patch]
-    spans: dict[str, list[tuple[float, ...]]] = {}
+    spans: Spans = {}
     inside_time, inside_band = torch.ones(columns), torch.ones(rows)
     if hiding.seconds:
         inside_time, spans["seconds"] = _along(hiding.seconds, times, "seconds", "s of sound")
@@ -185,10 +185,12 @@ def _audio_spans(
     return inside_band[:, None] * inside_time[None], spans
 
 
-def _boxes(hiding: Hiding, grid: tuple[int, int]) -> tuple[Tensor, dict[str, list[Any]]]:
+def _boxes(hiding: Hiding, config: ModelConfig) -> tuple[Tensor, Spans]:
     """(rows, columns) patches inside the boxes, and the boxes as they came out."""
+    grid = video_grid(config)
     edges = [[line / size for line in range(size + 1)] for size in grid]
-    inside, rounded = torch.zeros(grid), []
+    inside = torch.zeros(grid)
+    rounded: list[tuple[float, ...]] = []
     for box in hiding.boxes:
         if len(box) != 4:
             raise ValueError(f"box {box} must be x0, y0, x1, y1")
@@ -205,7 +207,8 @@ def _along(
     spans: Sequence[Span], edges: Sequence[float], name: str, unit: str
 ) -> tuple[Tensor, list[tuple[float, ...]]]:
     """Which of the intervals between `edges` a span reaches into, and the spans rounded to them."""
-    inside, rounded = torch.zeros(len(edges) - 1), []
+    inside = torch.zeros(len(edges) - 1)
+    rounded: list[tuple[float, ...]] = []
     slack = 1e-6 * (edges[-1] - edges[0])
     for low, high in spans:
         if not edges[0] - slack <= low < high <= edges[-1] + slack:

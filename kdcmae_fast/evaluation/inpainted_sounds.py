@@ -30,7 +30,7 @@ def write_sounds(
     rows: int,
     norm_pix: bool,
 ) -> list[SoundFile]:
-    """<stem>_original.wav, _original_inverted.wav, and of each view _masked.wav, _reconstructed.wav.
+    """<stem>_original.wav, _original_inverted.wav, and each view's _masked and _reconstructed.wav.
 
     fbanks: of a batch, log-mel as `kaldi_fbank` has it. clip: its row there, with `rows` rows of
     sound. waveform: (N,) the true sound. norm_pix: the reconstruction was given patch statistics.

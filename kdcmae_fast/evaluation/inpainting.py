@@ -32,7 +32,7 @@ LABELS = {
     "model": "model",
     OTHER_CLIP: "told from another clip",
     "visible_mean": "mean visible patch",
-    "patch_mean": "patch as flat",
+    "patch_mean": "true mean of each patch",
 }
 UNITS = {
     "loss": "as in the training loss",
@@ -64,9 +64,10 @@ def inpaint(
     opened = open_source(source)
     hiding = hiding or Hiding()
     _, hidden = hide_patches(hiding, opened.model.config, torch.zeros(1, dtype=torch.int64))
-    clips = Inpainting(opened, output, hiding, num_pictures, sounds)
-    bad = clips.run(source)
     where = {name: {**told._asdict(), "text": str(told)} for name, told in hidden.items()}
+    said = f"Masked: of the sound {hidden['audio']}, of the frame {hidden['video']}."
+    clips = Inpainting(opened, output, hiding, num_pictures, sounds, said)
+    bad = clips.run(source)
     metrics = {
         "command": "inpaint",
         **opened.described,
@@ -81,7 +82,8 @@ def inpaint(
 class Inpainting:
     """The clips of one call: their errors, pictures and sounds as they come.
 
-    hiding: what is hidden (None: all views of the model's own masks at step 0).
+    hiding: what is hidden (None: all views of the model's own masks at step 0). said: of that, in
+    the pictures.
     """
 
     def __init__(
@@ -91,12 +93,14 @@ class Inpainting:
         hiding: Hiding | None,
         num_pictures: int | None,
         sounds: bool,
+        said: str = "",
     ) -> None:
         self.opened = opened
         self.output = Path(output)
         self.hiding = hiding
         self.num_pictures = num_pictures
         self.with_sounds = sounds
+        self.said = said
         self.norm_pix = opened.model.config.norm_pix_loss
         self.clips: list[dict[str, Any]] = []
         self.pictures: list[dict[str, str]] = []
@@ -192,6 +196,7 @@ class Inpainting:
             row,
             norm_pix=self.norm_pix,
             rows=rows,
+            hidden=self.said,
         )
         clip["picture"] = path.name
         self.pictures.append({"file": path.name, "title": name})

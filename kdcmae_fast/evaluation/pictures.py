@@ -34,7 +34,7 @@ NORM_PIX_CAPTION = (
     "patch's are put back\nhere, so the brightness and loudness of a patch are given, not guessed."
 )
 ERROR_CAPTION = "Error: mean squared error over the masked patches, in the units of the loss."
-BASELINES = {"visible_mean": "mean visible patch", "patch_mean": "patch as flat"}
+BASELINES = {"visible_mean": "mean visible patch", "patch_mean": "true mean of each patch"}
 
 
 def draw_clip(
@@ -52,7 +52,7 @@ def draw_clip(
 
     frames: (.., 3, H, W) with RGB in 0..1. fbanks: (.., 1, F, T) in any units. clip: its row in
     the batch. norm_pix: say in a caption what the reconstruction was given. rows: of the
-    filterbank that are sound, not padding (None: all). hidden: a line under the title.
+    filterbank that are sound, not padding (None: all). hidden: what is, for the caption.
     Returns the path.
     """
     require_matplotlib("the reconstruction picture")

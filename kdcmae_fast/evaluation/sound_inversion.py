@@ -15,6 +15,7 @@ import wave
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdcmae_fast.data.clip import FRAME_LENGTH, FRAME_SHIFT, SAMPLE_RATE
@@ -29,11 +30,11 @@ EDGE = 0.05  # least sum of squared windows divided by: the ends of a clip have 
 TAIL = 1024  # samples after which the de-emphasis filter has died away (0.97 ** 1024 = 3e-14)
 
 
-def fbank_to_waveform(fbank: Tensor, *, iterations: int = 100, seed: int = 0) -> Tensor:
+def fbank_to_waveform(fbank: Tensor, *, iterations: int = 64, seed: int = 0) -> Tensor:
     """Sound whose `kaldi_fbank` is close to `fbank`; equal calls give equal sound.
 
-    fbank: (B, R, F) or (R, F), log-mel of 10 ms rows as `kaldi_fbank` computes it at 16 kHz (natural
-        log of waveforms in [-1, 1], not normalised); -inf or NaN for no energy at all.
+    fbank: (B, R, F) or (R, F), log-mel of 10 ms rows as `kaldi_fbank` computes it at 16 kHz
+        (natural log of waveforms in [-1, 1], not normalised); -inf or NaN for no energy at all.
     iterations: of Griffin-Lim. seed: of the phases it starts from.
     Returns (B, N) or (N,) float32 on the CPU, N = 400 + 160 (R - 1) samples, not clipped.
 
@@ -53,7 +54,7 @@ def fbank_to_waveform(fbank: Tensor, *, iterations: int = 100, seed: int = 0) ->
 
 
 def write_wav(path: str | Path, waveform: Tensor) -> Path:
-    """(N,) in [-1, 1] as 16-bit mono at 16 kHz, making its folder; louder is turned down to that."""
+    """(N,) at 16 kHz as 16-bit mono, making its folder; past [-1, 1] all of it is turned down."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     loudest = float(waveform.abs().max()) if len(waveform) else 0.0
@@ -92,7 +93,8 @@ def _griffin_lim(magnitude: Tensor, iterations: int, seed: int) -> Tensor:
         found = torch.fft.rfft(frames * window, FFT_SIZE)
         ahead = found + MOMENTUM * (found - previous)
         previous = found
-        spectrum = magnitude * (ahead / ahead.abs().clamp(min=1e-16))
+        power = torch.view_as_real(ahead).square().sum(-1)
+        spectrum = ahead * (magnitude * power.clamp(min=1e-30).rsqrt())
     return _sound_of(spectrum, window, norm)
 
 
@@ -103,11 +105,14 @@ def _sound_of(spectrum: Tensor, window: Tensor, norm: Tensor) -> Tensor:
 
 
 def _overlap_add(frames: Tensor) -> Tensor:
-    """(B, R, 400) -> (B, N)."""
+    """(B, R, 400) -> (B, N): the parts of 10 ms of all frames, each at its place."""
     clips, rows, length = frames.shape
-    place = torch.arange(rows)[:, None] * FRAME_SHIFT + torch.arange(length)
-    out = frames.new_zeros(clips, FRAME_LENGTH + (rows - 1) * FRAME_SHIFT)
-    return out.index_add_(1, place.flatten(), frames.flatten(1))
+    parts = -(-length // FRAME_SHIFT)
+    pieces = F.pad(frames, (0, parts * FRAME_SHIFT - length)).unflatten(2, (parts, FRAME_SHIFT))
+    out = frames.new_zeros(clips, rows + parts - 1, FRAME_SHIFT)
+    for part in range(parts):
+        out[:, part : part + rows] += pieces[:, :, part]
+    return out.flatten(1)[:, : length + (rows - 1) * FRAME_SHIFT]
 
 
 def _undo_preemphasis(sound: Tensor) -> Tensor:

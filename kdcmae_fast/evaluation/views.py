@@ -1,8 +1,9 @@
-"""What a masked autoencoder saw of each clip and what it made of it, with the errors of its guesses.
+"""What a masked autoencoder saw of each clip, what it made of it, and the errors of its guesses.
 
 B clips, K views of each (view-major rows k*B + b), L patches of P values.
 """
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -144,14 +145,15 @@ def reconstruct_batch(
     pixels = batch.frames
     if pixels.dtype == torch.uint8:
         pixels = (pixels / 255 - mean) / std
-    options = {"patch_size": config.patch_size, "norm_pix": config.norm_pix_loss}
-    frames = reconstruct_views(
-        pixels, result.video, result.plans["video"], mean=mean, std=std, **options
+    put_in = functools.partial(
+        reconstruct_views, patch_size=config.patch_size, norm_pix=config.norm_pix_loss
     )
-    scales = {} if data is None else {"mean": data.dataset_mean, "std": data.dataset_std}
     fbank = batch.fbank.transpose(1, 2).unsqueeze(1)
-    fbanks = reconstruct_views(fbank, result.audio, result.plans["audio"], **scales, **options)
-    return frames, fbanks
+    level, spread = (0.0, 1.0) if data is None else (data.dataset_mean, data.dataset_std)
+    return (
+        put_in(pixels, result.video, result.plans["video"], mean=mean, std=std),
+        put_in(fbank, result.audio, result.plans["audio"], mean=level, std=spread),
+    )
 
 
 def _patches(original: Tensor, num_views: int, patch_size: int, norm_pix: bool) -> _Patches:
