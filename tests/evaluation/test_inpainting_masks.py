@@ -63,7 +63,9 @@ def test_boxes_hide_the_patches_they_touch():
     expected[0, 5] = True
     assert torch.equal(found["video"], expected.expand(3, 6, 6))
     assert hidden["video"].spans["boxes"][0] == pytest.approx((0, 0.5, 1 / 3, 1))
-    assert str(hidden["video"]) == "7 of 36 patches (box 0.00,0.50,0.33,1.00; box 0.83,0.00,1.00,0.17)"
+    assert (
+        str(hidden["video"]) == "7 of 36 patches (box 0.00,0.50,0.33,1.00; box 0.83,0.00,1.00,0.17)"
+    )
 
 
 @pytest.mark.parametrize("hide", ["audio", "video"])
@@ -113,7 +115,7 @@ def test_views_are_complementary_and_masks_depend_on_the_clip_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seconds": [(1.0, 3.0)]}, "seconds: the span 1 to 3 is not within the clip, which has 0 to"),
+        ({"seconds": [(1.0, 3.0)]}, "seconds: the span 1 to 3 is not within the clip, .* 0 to 2.56"),
         ({"seconds": [(2.0, 1.0)]}, "seconds: the span 2 to 1 is not"),
         ({"seconds": [(-1.0, 1.0)]}, "seconds: the span -1 to 1 is not"),
         ({"hz": [(1000, 9000)]}, "hz: the span 1000 to 9000 .* 0 to 8000 Hz"),

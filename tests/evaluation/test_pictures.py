@@ -8,11 +8,8 @@ import torch
 from kdcmae_fast.data import FrontEnd
 from kdcmae_fast.data.loader import collate
 from kdcmae_fast.evaluation import pictures
-from kdcmae_fast.evaluation.pictures import (
-    draw_clip,
-    reconstruct_batch,
-    reconstruct_views,
-)
+from kdcmae_fast.evaluation.pictures import draw_clip
+from kdcmae_fast.evaluation.views import reconstruct_batch, reconstruct_views
 from kdcmae_fast.kernels import complementary_masks, masked_reconstruction_loss
 from kdcmae_fast.kernels.tokens import patchify
 
@@ -82,7 +79,14 @@ def test_a_model_s_reconstruction_as_a_picture(
         pictures, "new_figure", lambda *size: drawn.append(new_figure(*size)) or drawn[0]
     )
     path = draw_clip(
-        tmp_path / "new" / "clip.png", "a clip", frames, fbanks, 1, norm_pix=bool(num_views > 1)
+        tmp_path / "new" / "clip.png",
+        "a clip",
+        frames,
+        fbanks,
+        1,
+        norm_pix=bool(num_views > 1),
+        rows=60,
+        hidden="all but a little",
     )
     width, height = png_size(path)
     assert 800 < width < 1400
@@ -90,7 +94,14 @@ def test_a_model_s_reconstruction_as_a_picture(
     assert path.stat().st_size > 10_000
     (figure,) = drawn
     assert len(figure.axes) == 2 * (1 + 2 * num_views)
-    assert ("mean and standard deviation" in figure._supxlabel.get_text()) == (num_views > 1)
+    caption = figure._supxlabel.get_text()
+    assert ("mean and standard deviation" in caption) == (num_views > 1)
+    assert caption.startswith("all but a little\n")
+    sound = figure.axes[1]
+    assert [label.get_text() for label in sound.get_yticklabels()] == ["0.25", "1", "4"]
+    (padding,) = sound.patches  # 60 of 64 rows are sound
+    assert padding.get_x() == pytest.approx(0.6) and padding.get_width() == pytest.approx(0.04)
+    assert f"error {frames.error[0, 1]:.3f}" in figure.axes[4].get_title("right")
 
 
 def test_drawing_leaves_matplotlib_s_state_alone(tmp_path):
