@@ -194,7 +194,6 @@ class Inpainting:
             frames,
             fbanks,
             row,
-            norm_pix=self.norm_pix,
             rows=rows,
             hidden=self.said,
         )

@@ -1,11 +1,12 @@
 """Pictures of what a masked autoencoder saw and what it made of it.
 
 One PNG per clip, frame left and spectrogram right: the original, each view's visible patches, and
-each view's reconstruction (visible patches as they are, predictions in the masked ones).
+each view's reconstruction (visible patches as they are, predictions in the masked ones). Where the
+reconstruction was given the true patches' means, a line between shows these alone.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ TICKS_KHZ = (0.25, 1, 4)
 SECONDS_PER_ROW = FRAME_SHIFT / SAMPLE_RATE  # of a filterbank
 NORM_PIX_CAPTION = (
     "The model predicts each patch relative to its own mean and standard deviation; the true "
-    "patch's are put back\nhere, so the brightness and loudness of a patch are given, not guessed."
+    "patch's are put back in\nthe reconstruction, so the brightness and loudness of a patch are "
+    "given, not guessed."
 )
 ERROR_CAPTION = "Error: mean squared error over the masked patches, in the units of the loss."
 BASELINES = {"visible_mean": "mean visible patch", "patch_mean": "true mean of each patch"}
@@ -44,51 +46,61 @@ def draw_clip(
     fbanks: Views,
     clip: int,
     *,
-    norm_pix: bool,
     rows: int | None = None,
     hidden: str = "",
 ) -> Path:
     """Write the picture of one clip: frame left, spectrogram right, original above the views.
 
     frames: (.., 3, H, W) with RGB in 0..1. fbanks: (.., 1, F, T) in any units. clip: its row in
-    the batch. norm_pix: say in a caption what the reconstruction was given. rows: of the
-    filterbank that are sound, not padding (None: all). hidden: what is, for the caption.
-    Returns the path.
+    the batch. rows: of the filterbank that are sound, not padding (None: all). hidden: what is, for
+    the caption, which also says what the reconstruction was given. Returns the path.
     """
     require_matplotlib("the reconstruction picture")
-    num_views = len(frames.masked)
-    lines = 1 + 2 * num_views
+    shown = _lines(frames, fbanks, clip)
+    lines = len(shown)
     figure = new_figure(9.0, 1.45 * lines + 1.1)
     figure.suptitle(title, fontsize=12, color=INK, x=0.02, ha="left")
     frame_axes, fbank_axes = figure.subplots(lines, 2, width_ratios=(1, 4.4)).T
     sound = fbanks.original[clip][..., :rows]
     low, high = (sound.quantile(q).item() for q in (0.005, 0.995))
 
-    def draw_row(line: int, label: str, frame: Tensor, fbank: Tensor) -> None:
+    for line, (label, frame, fbank, view) in enumerate(shown):
         _show_frame(frame_axes[line], frame)
         _show_fbank(fbank_axes[line], fbank, (low, high), rows)
         frame_axes[line].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-
+        if view is not None:
+            _note_error(frame_axes[line], frames, view, clip, short=True)
+            _note_error(fbank_axes[line], fbanks, view, clip)
     for axes, name in ((frame_axes[0], "frame"), (fbank_axes[0], MEL_TITLE)):
         axes.set_title(name, loc="left", pad=3, fontsize=9, color=MUTED)
-    draw_row(0, "original", frames.original[clip], fbanks.original[clip])
-    for view in range(num_views):
-        line, name = 1 + 2 * view, f"view {view + 1}\n" if num_views > 1 else ""
-        draw_row(line, f"{name}visible", frames.masked[view, clip], fbanks.masked[view, clip])
-        draw_row(
-            line + 1,
-            f"{name}reconstructed",
-            frames.reconstructed[view, clip],
-            fbanks.reconstructed[view, clip],
-        )
-        _note_error(frame_axes[line + 1], frames, view, clip, short=True)
-        _note_error(fbank_axes[line + 1], fbanks, view, clip)
     _label_time(fbank_axes[-1])
-    captions = [hidden, ERROR_CAPTION, NORM_PIX_CAPTION if norm_pix else ""]
+    captions = [hidden, ERROR_CAPTION, "" if frames.given is None else NORM_PIX_CAPTION]
     figure.supxlabel(
         "\n".join(filter(None, captions)), fontsize=7.5, color=MUTED, x=0.02, ha="left"
     )
     return save_figure(figure, path)
+
+
+class _Line(NamedTuple):
+    """A line of the figure; view: of whose reconstruction it is, if of one."""
+
+    label: str
+    frame: Tensor
+    fbank: Tensor
+    view: int | None = None
+
+
+def _lines(frames: Views, fbanks: Views, clip: int) -> list[_Line]:
+    num_views = len(frames.masked)
+    lines = [_Line("original", frames.original[clip], fbanks.original[clip])]
+    for view in range(num_views):
+        name, at = f"view {view + 1}\n" if num_views > 1 else "", (view, clip)
+        lines.append(_Line(f"{name}visible", frames.masked[at], fbanks.masked[at]))
+        if frames.given is not None and fbanks.given is not None:
+            lines.append(_Line("and the\ngiven means", frames.given[at], fbanks.given[at]))
+        made = frames.reconstructed[at], fbanks.reconstructed[at]
+        lines.append(_Line(f"{name}reconstructed", *made, view))
+    return lines
 
 
 def _show_frame(axes: "Axes", frame: Tensor) -> None:

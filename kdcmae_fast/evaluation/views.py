@@ -37,7 +37,8 @@ class Views(NamedTuple):
     """One modality of B clips and its K views. C channels, H rows (mel bins), W columns (frames).
 
     original: (B, C, H, W). masked: (K, B, C, H, W), NaN where removed. reconstructed: (K, B, C, H,
-    W), predictions in the removed patches. errors: by who guessed: "model"; "patch_mean", each
+    W), predictions in the removed patches. given: (K, B, C, H, W), their true means there, or None
+    where the model has to guess those too. errors: by who guessed: "model"; "patch_mean", each
     patch as flat at its own true mean; "visible_mean", each patch as the mean of the view's visible
     ones (both in the space the model predicts in; absent without visible patches).
     """
@@ -46,6 +47,7 @@ class Views(NamedTuple):
     masked: Tensor
     reconstructed: Tensor
     errors: dict[str, Errors]
+    given: Tensor | None = None
 
     @property
     def error(self) -> Tensor:
@@ -120,6 +122,7 @@ def reconstruct_views(
         picture(torch.full_like(guess, float("nan"))),
         picture(guess * hidden.spread + hidden.mean),
         errors,
+        picture(hidden.mean) if norm_pix else None,
     )
 
 

@@ -9,8 +9,9 @@ import torch
 from kdcmae_fast.data import FrontEnd
 from kdcmae_fast.data.loader import collate
 from kdcmae_fast.evaluation import EvaluationSource, Hiding, hide_patches, inpaint
-from kdcmae_fast.evaluation.inpainting import inpainting_table, other_clips
+from kdcmae_fast.evaluation.inpainting import Inpainting, inpainting_table, other_clips
 from kdcmae_fast.evaluation.reconstruction import reconstruct
+from kdcmae_fast.evaluation.source import Opened
 from kdcmae_fast.evaluation.views import reconstruct_batch
 from kdcmae_fast.kernels.tokens import patchify
 
@@ -209,6 +210,30 @@ def test_several_views_and_a_model_without_norm_pix(make_model, tmp_path):
     ]
     assert not any("given" in sound["title"] for sound in metrics["sounds"])
     assert len(metrics["clips"][0]["error_per_view"]["audio"]) == 2
+
+
+def test_bad_clips_are_left_out_and_named(model, clips, data, tmp_path):
+    opened = Opened(model, clips(bad=(0, 3)), data, 0, {})
+    run = Inpainting(opened, tmp_path, Hiding(hide="video"), num_pictures=0, sounds=True)
+    source = EvaluationSource(checkpoint="", num_clips=40, batch_size=7)
+    bad = run.run(source)
+    assert [clip.video_id[-1] for clip in bad.rows()] == ["0", "3"]
+    metrics = run.metrics()
+    assert metrics["num_clips"] == 38 and not list(tmp_path.iterdir())
+    assert metrics["errors"]["video"]["model"]["loss"] == pytest.approx(
+        sum(clip["error_per_view"]["video"][0] for clip in metrics["clips"]) / 38
+    )
+
+
+def test_plans_that_differ_in_their_views_are_refused(model, batch):
+    one, _ = hide_patches(Hiding(), model.config, batch.sample_ids)
+    two, _ = hide_patches(Hiding(views=2), model.config, batch.sample_ids)
+    with pytest.raises(
+        ValueError, match=r"plans\['video'\] has .* = \(2, 3, 4\), this model needs"
+    ):
+        model.reconstruct(batch, {"audio": one["audio"], "video": two["video"]})
+    with pytest.raises(ValueError, match="plans must have the keys audio and video"):
+        model.reconstruct(batch, {"audio": one["audio"]})
 
 
 def test_the_quick_form_shows_the_views_of_training(model_folder, tmp_path):

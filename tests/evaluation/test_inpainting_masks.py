@@ -115,7 +115,7 @@ def test_views_are_complementary_and_masks_depend_on_the_clip_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seconds": [(1.0, 3.0)]}, "seconds: the span 1 to 3 is not within the clip, .* 0 to 2.56"),
+        ({"seconds": [(1.0, 3.0)]}, "seconds: the span 1 to 3 is not within .* 0 to 2.56 s"),
         ({"seconds": [(2.0, 1.0)]}, "seconds: the span 2 to 1 is not"),
         ({"seconds": [(-1.0, 1.0)]}, "seconds: the span -1 to 1 is not"),
         ({"hz": [(1000, 9000)]}, "hz: the span 1000 to 9000 .* 0 to 8000 Hz"),

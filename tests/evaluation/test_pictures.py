@@ -49,6 +49,18 @@ def test_error_is_the_loss_and_a_perfect_guess_is_the_original(original, plan, n
     torch.testing.assert_close(views.error.flatten(), loss)
 
 
+def test_given_means_are_those_of_the_removed_patches(original, plan):
+    guess = torch.randn(6, 24, 48)
+    options = {"patch_size": 4, "mean": 2.0, "std": 3.0}
+    views = reconstruct_views(original, guess, plan, norm_pix=True, **options)
+    patches = patchify(original * 3 + 2, 4)
+    for view in range(2):
+        flat = patches.mean(-1, keepdim=True).expand_as(patches)
+        expected = torch.where(plan.mask(view)[..., None].bool(), flat, patches)
+        torch.testing.assert_close(patchify(views.given[view], 4), expected)
+    assert reconstruct_views(original, guess, plan, norm_pix=False, **options).given is None
+
+
 def test_views_hide_what_their_plan_removes(original, plan):
     views = reconstruct_views(original, torch.zeros(6, 24, 48), plan, patch_size=4, norm_pix=False)
     for view in range(2):
@@ -84,24 +96,25 @@ def test_a_model_s_reconstruction_as_a_picture(
         frames,
         fbanks,
         1,
-        norm_pix=bool(num_views > 1),
         rows=60,
         hidden="all but a little",
     )
     width, height = png_size(path)
     assert 800 < width < 1400
-    assert 300 * num_views < height < 1200
+    assert 300 * num_views < height < 1600
     assert path.stat().st_size > 10_000
     (figure,) = drawn
-    assert len(figure.axes) == 2 * (1 + 2 * num_views)
+    norm_pix = model.config.norm_pix_loss
+    lines = 1 + (2 + norm_pix) * num_views
+    assert len(figure.axes) == 2 * lines
     caption = figure._supxlabel.get_text()
-    assert ("mean and standard deviation" in caption) == (num_views > 1)
+    assert ("mean and standard deviation" in caption) == norm_pix
     assert caption.startswith("all but a little\n")
     sound = figure.axes[1]
     assert [label.get_text() for label in sound.get_yticklabels()] == ["0.25", "1", "4"]
     (padding,) = sound.patches  # 60 of 64 rows are sound
     assert padding.get_x() == pytest.approx(0.6) and padding.get_width() == pytest.approx(0.04)
-    assert f"error {frames.error[0, 1]:.3f}" in figure.axes[4].get_title("right")
+    assert f"error {frames.error[0, 1]:.3f}" in figure.axes[2 * (2 + norm_pix)].get_title("right")
 
 
 def test_drawing_leaves_matplotlib_s_state_alone(tmp_path):
@@ -122,4 +135,4 @@ def test_missing_matplotlib_is_said(monkeypatch, tmp_path):
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ModuleNotFoundError, match=r"needs Matplotlib; `pip install matplotlib`"):
-        draw_clip(tmp_path / "x.png", "", None, None, 0, norm_pix=False)
+        draw_clip(tmp_path / "x.png", "", None, None, 0)

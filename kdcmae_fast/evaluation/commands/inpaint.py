@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     hiding.add_argument("--mask-seed", type=int, default=0, metavar="N", help="of random masks")
     parser.add_argument(
         "--pictures",
-        type=positive,
+        type=_amount,
         default=8,
         metavar="N",
         help="the first N clips get a picture and sounds",
@@ -122,6 +122,10 @@ def _hiding(options: argparse.Namespace) -> "Hiding":
         views=options.views,
         seed=options.mask_seed,
     )
+
+
+def _amount(text: str) -> int:
+    return 0 if text == "0" else positive(text)
 
 
 def _span(text: str) -> tuple[float, ...]:
