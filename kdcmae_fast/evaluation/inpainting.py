@@ -233,7 +233,7 @@ def inpainting_table(metrics: Mapping[str, Any]) -> str:
         found = [errors[name].get(kind) for name in shown]
         if any(found):
             cells = (f"{e['loss']:13.4f}{e['shown']:11.4f}" if e else " " * 24 for e in found)
-            lines.append(f"{label:{width}}" + "".join(cells))
+            lines.append((f"{label:{width}}" + "".join(cells)).rstrip())
     lines.append(
         f"mean squared errors on the masked patches of {metrics['num_clips']} clips: in the units "
         "of the loss, and of the picture" + (f", given {GIVEN}" if metrics["norm_pix_loss"] else "")
