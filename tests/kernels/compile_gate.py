@@ -1,16 +1,18 @@
 """Compile Triton launches for one NVIDIA architecture, without a GPU, and print what came out.
 
-    python compile_gate.py ARCH CASES.py...     # ARCH: 80, 90, 100
+    python compile_gate.py ARCH     # 80, 90, 100
 
-CASES.py holds `CASES`: name -> (launch, expectations of test_compile_gate.py). `launch()` calls a
-family's own launcher with meta tensors; what it launches is compiled instead of run, so block
-sizes, warps and pointer alignment are the ones of production. Prints one JSON object per kernel.
+compile_cases/<family>.py holds `CASES`: name -> (launch, expectations of test_compile_gate.py).
+`launch()` calls a family's own launcher with meta tensors; what it launches is compiled instead of
+run, so block sizes, warps and pointer alignment are the ones of production. Prints one JSON object
+per kernel.
 
 One process per architecture: Triton's cache in memory does not look at the target.
 """
 
 import collections
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -71,7 +73,7 @@ def inspect(cubin: bytes) -> dict[str, Any]:
         file.write(cubin)
         file.flush()
         usage = tool("cuobjdump", "--dump-resource-usage")
-        code = tool("nvdisasm", "-c")
+        code = tool("nvdisasm", "-c", "-ndf")  # no analysis of the data flow
     # A line of code: /*0010*/ @P0 LDG.E.128 R4, ...
     names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code)
     counts = collections.Counter(names)
@@ -83,14 +85,15 @@ def inspect(cubin: bytes) -> dict[str, Any]:
     }
 
 
-def main(arch: int, files: list[str]) -> None:
+def main(arch: int) -> None:
+    os.nice(5)
     driver.set_active(NoGpu(arch))
-    for file in files:
-        for case, (launch, _) in runpy.run_path(file)["CASES"].items():
+    for file in sorted((Path(__file__).parent / "compile_cases").glob("*.py")):
+        for case, (launch, _) in runpy.run_path(str(file))["CASES"].items():
             for kernel, compiled in compile_launches(launch):
                 row = {"case": case, "kernel": kernel, "shared": compiled.metadata.shared}
                 print(json.dumps(row | inspect(compiled.asm["cubin"])), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(int(sys.argv[1]))

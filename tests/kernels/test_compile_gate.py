@@ -8,13 +8,7 @@ and spills are never accepted.
 """
 
 import ast
-import functools
-import importlib.util
-import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,32 +18,15 @@ KERNELS = HERE.parents[1] / "kernels"
 FILES = sorted((HERE / "compile_cases").glob("*.py"))
 ARCHES = (80, 90, 100)
 KNOWN = {"registers", "contains", "lacks", *(f"contains_{arch}" for arch in ARCHES)}
-TIMEOUT = 480  # seconds per architecture; a kernel that spills badly can compile for a minute
 
 CASES = {name: case for file in FILES for name, case in runpy.run_path(str(file))["CASES"].items()}
 
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
 
-
-@functools.cache
-def compiled_for(arch: int, cache: Path) -> list[dict]:
-    """One row per compiled kernel of every case."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, HERE / "compile_gate.py", str(arch), *FILES]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-@needs_triton
+@pytest.mark.compiled
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("arch", ARCHES)
-def test_machine_code(arch, case, tmp_path_factory):
-    rows = compiled_for(arch, tmp_path_factory.getbasetemp() / "triton")
-    rows = [row for row in rows if row["case"] == case]
+def test_machine_code(arch, case, compiled):
+    rows = [row for row in compiled(arch) if row["case"] == case]
     expectations = CASES[case][1]
     assert {row["kernel"] for row in rows} == set(expectations)
     for row in rows:

@@ -12,13 +12,7 @@ from kdcmae_fast import kernels
 from kdcmae_fast.kernels.common import unavailable
 from kdcmae_fast.kernels.contrastive import reference
 
-
-@pytest.fixture(params=["torch", "cpp"])
-def impl(request):
-    problem = unavailable("info_nce", request.param, "cpu")
-    if problem:
-        pytest.skip(problem)
-    return request.param
+OP = "info_nce"  # of the fixture impl
 
 
 @pytest.fixture

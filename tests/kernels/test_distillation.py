@@ -13,6 +13,7 @@ from torch import Tensor
 from kdcmae_fast import kernels
 from kdcmae_fast.kernels.common import unavailable
 
+OP = "distillation_loss"  # of the fixture impl
 GOLDEN = Path(__file__).parents[1] / "golden" / "cav_mae" / "io.safetensors"
 OPTIONS = [
     {"divergence": divergence, "distribution": distribution}
@@ -22,14 +23,6 @@ OPTIONS = [
 ]
 SHAPES = [(1, 1), (3, 17), (65, 96), (2, 1023)]
 EVERY = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
-
-
-@pytest.fixture(params=["torch", "cpp"])
-def impl(request):
-    problem = unavailable("distillation_loss", request.param, "cpu")
-    if problem:
-        pytest.skip(problem)
-    return request.param
 
 
 @pytest.fixture

@@ -15,19 +15,12 @@ from kdcmae_fast.kernels.common import unavailable
 from kdcmae_fast.kernels.masking import len_keep
 from kdcmae_fast.kernels.masking.reference import MODES, philox4x32
 
+OP = "complementary_masks"  # of the fixture impl
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/masks/mask_rng_1.json").read_text())
 GRIDS = {
     "unstructured": (14, 14), "time": (8, 64), "freq": (8, 64), "tf": (8, 64),
     "tube": (4, 7, 7), "block": (14, 14),
 }  # fmt: skip
-
-
-@pytest.fixture(params=["torch", "cpp"])
-def impl(request):
-    problem = unavailable("complementary_masks", request.param, "cpu")
-    if problem:
-        pytest.skip(problem)
-    return request.param
 
 
 def philox(counter, key):

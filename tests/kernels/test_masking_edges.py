@@ -7,13 +7,7 @@ from kdcmae_fast.kernels import MaskPlan, complementary_masks
 from kdcmae_fast.kernels.common import unavailable
 from kdcmae_fast.kernels.masking import len_keep
 
-
-@pytest.fixture(params=["torch", "cpp"])
-def impl(request):
-    problem = unavailable("complementary_masks", request.param, "cpu")
-    if problem:
-        pytest.skip(problem)
-    return request.param
+OP = "complementary_masks"  # of the fixture impl
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
