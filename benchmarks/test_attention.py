@@ -10,7 +10,7 @@ from kdcmae_fast import kernels
 # Visible image, audio and joint tokens of one view, and all tokens; rows of the batch that keep
 # the work of a step about equal.
 BATCHES = {49: 64, 128: 10, 177: 8, 708: 4}
-PROVIDERS = ("published", "auto", "sdpa", "torch", "flash_attn", "xformers")
+PROVIDERS = ("published", "auto", "sdpa", "blocked", "torch", "flash_attn", "xformers")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 MULTI_RATIO = (0.6, 0.9)  # between which `multi_ratio_masking` draws, CAV-MAE Sync's code
+AttentionImpl = Literal["auto", "sdpa", "cpp", "blocked", "flash_attn", "xformers", "torch"]
 STRICT = {"extra": "forbid", "strict": True}  # pydantic: unknown keys and wrong types are errors
 
 
@@ -125,7 +126,7 @@ class ModelConfig:
     mask_token_table: bool = False  # first decoder block: mask tokens projected once per position
     shared_chain: Literal["composed", "released"] = "composed"  # differ for shared_depth > 1
     activation_checkpointing: bool = False  # recompute blocks in backward to save memory
-    attention_impl: Literal["auto", "sdpa", "blocked", "flash_attn", "xformers", "torch"] = "auto"
+    attention_impl: AttentionImpl = "auto"
 
     def __post_init__(self) -> None:
         """ValueError, one line that names the field, for sizes no model can have."""

@@ -27,12 +27,12 @@ def test_the_extension_is_built():
 
 def test_asking_for_cpp_without_the_extension_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "kdcmae_fast._C", None)
-    dispatch._extension_problem.cache_clear()
+    dispatch.extension_problem.cache_clear()
     try:
         with pytest.raises(ValueError, match=r"_C is not built .* `pip install .*` builds it"):
             complementary_masks(torch.arange(2), (7, 7), 0.75, impl="cpp")
     finally:
-        dispatch._extension_problem.cache_clear()
+        dispatch.extension_problem.cache_clear()
 
 
 def broken_compiler(folder: Path) -> dict[str, str]:

@@ -13,11 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import Backend, assume_constant_result, without_autocast
+from ..common import (
+    Backend,
+    assume_constant_result,
+    extension_problem,
+    without_autocast,
+)
 from .blocked import blocked
+from .fused import attention_cpp, units
 from .reference import attention_scores_materialised
 
-IMPLS = ("sdpa", "blocked", "flash_attn", "xformers", "torch")
+IMPLS = ("sdpa", "cpp", "blocked", "flash_attn", "xformers", "torch")
 PACKAGES = {"flash_attn": "flash-attn", "xformers": "xformers"}  # module -> what to install
 HALF = (torch.bfloat16, torch.float16)
 
@@ -41,6 +47,7 @@ def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 DENSE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "sdpa": sdpa,
+    "cpp": attention_cpp,
     "blocked": blocked,
     "flash_attn": flash_attn,
     "xformers": xformers,
@@ -75,13 +82,20 @@ def xformers_packed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tens
 @functools.cache
 def problem(impl: str, device: str) -> str | None:
     """Why this back-end cannot run on tensors of this device type; None when it can."""
-    if impl == "blocked" and device != "cpu":
+    if impl in ("cpp", "blocked") and device != "cpu":
         return f"it takes CPU tensors, not {device}"
+    if impl == "cpp":
+        return extension_problem() or no_units()
     if impl not in PACKAGES:
         return None
     if importlib.util.find_spec(impl) is None:
         return f"the package {PACKAGES[impl]} is not installed"
     return None if device == "cuda" else f"{PACKAGES[impl]} takes CUDA tensors, not {device}"
+
+
+def no_units() -> str | None:
+    """Why this CPU cannot run the C++ attention; None when it can."""
+    return None if units() else "this CPU has no products of bfloat16 (AVX512-BF16 or AMX)"
 
 
 @assume_constant_result
@@ -97,9 +111,12 @@ def requested(impl: str, device: str) -> str:
     return impl
 
 
+@assume_constant_result
 def automatic(device: str, dtype: torch.dtype) -> str:
     """What `auto` takes, from the measurements in the README."""
-    return "blocked" if device == "cpu" and dtype in HALF else "sdpa"
+    if device != "cpu" or dtype not in HALF:
+        return "sdpa"
+    return "cpp" if dtype == torch.bfloat16 and problem("cpp", device) is None else "blocked"
 
 
 def report(device: str) -> Backend:
@@ -110,5 +127,9 @@ def report(device: str) -> Backend:
         return Backend(impl, f"KDCMAE_IMPL={impl}")
     if device != "cpu":
         return Backend("sdpa", "; ".join([f"default on {device}", *missing]))
-    why = "measured on CPU; blocked instead for bfloat16 and float16"
+    refused = problem("cpp", device)
+    low = (
+        f"blocked for bfloat16 (not cpp: {refused})" if refused else f"cpp ({units()}) for bfloat16"
+    )
+    why = f"measured on CPU; instead {low}, blocked for float16"
     return Backend("sdpa", "; ".join([why, *missing]))

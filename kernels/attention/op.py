@@ -20,7 +20,8 @@ from .backends import (
 from .reference import attention_scores_materialised
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-HALF_ONLY = ("flash_attn", "xformers")
+DTYPES = {"flash_attn": HALF, "xformers": HALF, "cpp": (torch.bfloat16,)}  # of some back-ends
+HALF_ONLY = tuple(DTYPES)
 
 register_report("attention", report)
 
@@ -54,18 +55,21 @@ def attention(
     takes bfloat16 or float16 and needs `max_seqlen`, the longest document.
 
     dtype: one for all three: float64, float32, bfloat16 or float16 (flash_attn and xformers: the
-    16-bit ones). Scores and softmax are float32 at least; autocast does not change the result.
-    impl: "sdpa", "blocked" (CPU: SDPA with a backward pass of its own), "flash_attn", "xformers",
-    "torch" (scores materialised, B*H*L*S of them kept for the backward pass); "auto" is "sdpa",
-    but "blocked" on CPU in the 16-bit dtypes, where that measured faster. The environment variable
-    KDCMAE_IMPL=torch makes "auto" mean "torch".
+    16-bit ones; cpp: bfloat16). Scores and softmax are float32 at least; autocast does not change
+    the result.
+    impl: "sdpa", "cpp" (bfloat16 on CPUs that multiply it), "blocked" (CPU: SDPA with a backward
+    pass of its own), "flash_attn", "xformers", "torch" (scores materialised, B*H*L*S of them kept
+    for the backward pass); "auto" is "sdpa", but on a CPU in the 16-bit dtypes, where they measured
+    faster, "cpp" if it can run and else "blocked". The environment variable KDCMAE_IMPL=torch makes
+    "auto" mean "torch".
 
     Differentiable. Errors are ValueErrors that name the argument; a missing back-end says why.
     """
     _check_dtypes(q, k, v)
     chosen = requested(impl, q.device.type)
-    if chosen in HALF_ONLY and q.dtype not in HALF:
-        raise ValueError(f"impl={chosen!r} takes bfloat16 or float16, got q in {q.dtype}")
+    if q.dtype not in DTYPES.get(chosen, FLOATS):
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[chosen])
+        raise ValueError(f"impl={chosen!r} takes {names}, got q in {q.dtype}")
     if cu_seqlens is None:
         _check_dense(q, k, v, max_seqlen)
         return _dense(q, k, v, chosen)
@@ -109,7 +113,7 @@ def _on_device(
     check_dtype("cu_seqlens", bounds, (torch.int32,))
     if max_seqlen is None:
         raise ValueError("max_seqlen is needed with cu_seqlens on a GPU; pass the longest document")
-    if chosen in ("torch", "blocked", "xformers"):
+    if chosen in ("torch", "cpp", "blocked", "xformers"):
         raise ValueError(
             f"impl={chosen!r} needs cu_seqlens on the host; pass a tuple of ints or a CPU tensor"
         )

@@ -65,7 +65,7 @@ def unavailable(op: str, impl: str, device: str) -> str | None:
     if impl == "cpp":
         if device != "cpu":
             return f"the C++ implementation takes CPU tensors, not {device}"
-        return _extension_problem()
+        return extension_problem()
     if impl == "triton":
         return _triton_problem(device)
     if impl == "cuda" and device != "cuda":
@@ -131,7 +131,8 @@ def _automatic(op: str, device: str, wanted: str | None) -> Backend:
 
 
 @functools.cache
-def _extension_problem() -> str | None:
+def extension_problem() -> str | None:
+    """Why the C++ ops cannot be used; None when they can."""
     try:
         importlib.import_module("kdcmae_fast._C")
     except ImportError as error:

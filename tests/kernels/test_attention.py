@@ -227,7 +227,12 @@ def test_what_is_kept_for_backward(impl, most, saved_storages):
 
 def test_auto_follows_the_measured_rule(monkeypatch):
     assert choice.automatic("cpu", torch.float32) == "sdpa"
+    assert choice.automatic("cpu", torch.float16) == "blocked"
+    monkeypatch.setattr(choice, "problem", lambda impl, device: None)
+    assert choice.automatic("cpu", torch.bfloat16) == "cpp"
+    monkeypatch.setattr(choice, "problem", lambda impl, device: "no such products")
     assert choice.automatic("cpu", torch.bfloat16) == "blocked"
+    monkeypatch.undo()
     assert choice.automatic("cuda", torch.bfloat16) == "sdpa"
     assert backends("cpu")["attention"].impl == "sdpa"
     assert "flash-attn is not installed" in choice.report("cuda").reason
@@ -274,7 +279,7 @@ def fake_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_optional_packages_get_their_layouts(impl, monkeypatch):
     fake_packages(monkeypatch)
     monkeypatch.setattr(attention_op, "requested", lambda impl, device: impl)
-    monkeypatch.setattr(attention_op, "HALF", (torch.float64,))
+    monkeypatch.setitem(attention_op.DTYPES, impl, (torch.float64,))
     with torch.no_grad():
         q, k, v = dense()
         torch.testing.assert_close(attention(q, k, v, impl=impl), definition(q, k, v))
@@ -337,6 +342,7 @@ M = X.to("meta")
         ((R, R, R), {"cu_seqlens": BOUNDS, "max_seqlen": -1}, "max_seqlen must not be negative"),
         ((X, X, X), {"impl": "cudnn"}, "impl='cudnn' is not one of auto, sdpa"),
         ((M, M, M), {"impl": "blocked"}, "'blocked' of attention is not available here: it takes"),
+        ((M, M, M), {"impl": "cpp"}, "impl='cpp' of attention is not available here: it takes CPU"),
         ((X, X, X), {"impl": "flash_attn"}, "the package flash-attn is not installed"),
         ((X, X, X), {"impl": "xformers"}, "the package xformers is not installed"),
     ],

@@ -51,7 +51,7 @@ def test_unknown_environment_value_is_an_error(monkeypatch):
 
 
 def test_missing_extension_is_said_once_and_not_fatal(monkeypatch, caplog):
-    monkeypatch.setattr(dispatch, "_extension_problem", lambda: "kdcmae_fast._C is not built")
+    monkeypatch.setattr(dispatch, "extension_problem", lambda: "kdcmae_fast._C is not built")
     with caplog.at_level("WARNING", logger="kdcmae_fast.kernels"):
         for _ in range(2):
             kernels.complementary_masks(torch.arange(2), (8, 8), 0.75)
@@ -62,12 +62,12 @@ def test_missing_extension_is_said_once_and_not_fatal(monkeypatch, caplog):
 
 def test_environment_variable_that_cannot_run_is_an_error(monkeypatch):
     monkeypatch.setenv("KDCMAE_IMPL", "cpp")
-    monkeypatch.setattr(dispatch, "_extension_problem", lambda: "kdcmae_fast._C is not built")
+    monkeypatch.setattr(dispatch, "extension_problem", lambda: "kdcmae_fast._C is not built")
     with pytest.raises(ValueError, match="KDCMAE_IMPL=cpp, but complementary_masks cannot"):
         kernels.complementary_masks(torch.arange(2), (8, 8), 0.75)
 
 
 def test_auto_never_takes_the_triton_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(dispatch, "_extension_problem", lambda: "kdcmae_fast._C is not built")
+    monkeypatch.setattr(dispatch, "extension_problem", lambda: "kdcmae_fast._C is not built")
     assert kernels.backends("cpu")["complementary_masks"].impl == "torch"
