@@ -97,7 +97,7 @@ setup(
         f"kdcmae_fast.kernels.{family}": f"kernels/{family.replace('.', '/')}"
         for family in FAMILIES
     },
-    package_data={"kdcmae_fast": ["py.typed"]},
+    package_data={"kdcmae_fast": ["py.typed"], "kdcmae_fast.report": ["*.css", "*.js"]},
     ext_modules=EXT_MODULES,
     cmdclass=CMDCLASS,
 )

@@ -259,6 +259,7 @@ COMMANDS = {
     "reconstruct": _of_module(
         "pictures of masked and reconstructed clips", f"{EVALUATION}.reconstruct"
     ),
+    "report": _of_module("a page on runs and their evaluations", "kdcmae_fast.report.command"),
     "convert": Command("published checkpoint to model folder, or back", _add_convert, _convert),
     "backends": Command(
         "which implementation each op takes here, and why", _add_backends, _backends

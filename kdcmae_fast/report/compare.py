@@ -1,0 +1,132 @@
+"""Several runs side by side: their figures, with the best of each marked, and what differs."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from kdcmae_fast.report.evaluations import headline, title
+from kdcmae_fast.report.figures import better, label, write_number, write_value
+from kdcmae_fast.report.markup import Child, Markup, details, element, join, table
+from kdcmae_fast.report.run import Evaluation, Run
+from kdcmae_fast.report.training import training_figures
+
+SHOWN_DIFFERENCES = 12
+CLIPS = ("clips_of", "num_clips", "data", "seed")  # equal: measured on the same clips
+
+
+def comparison(runs: Sequence[Run]) -> Markup:
+    """Figures of all runs, a table for training and one for each kind of evaluation."""
+    parts = [_training_table(runs)]
+    for key, found in _evaluations(runs).items():
+        same = _same_clips([entry for entry in found if entry is not None])
+        rows = [headline(entry.metrics) if entry else {} for entry in found]
+        parts.append(_figures_table(key, runs, rows, marked=same))
+        if not same:
+            note = "Measured on different clips or seeds, so that no best is marked."
+            parts.append(element("p", note, class_="note"))
+    return join(parts)
+
+
+def differences(runs: Sequence[Run]) -> Markup:
+    """Settings and versions that are not the same in all runs."""
+    flat = [dict(_flat(run.settings)) for run in runs]
+    keys = list(dict.fromkeys(key for settings in flat for key in settings))
+    rows: list[list[Child]] = []
+    for key in keys:
+        values = [settings.get(key) for settings in flat]
+        if len({json.dumps(value, sort_keys=True, default=str) for value in values}) > 1:
+            name = element("code", key.removeprefix("config."))
+            rows.append([name, *(_short(value) for value in values)])
+    if not rows:
+        return element("p", "The runs have the same settings, versions and commit.", class_="note")
+    head = ["Setting", *(run.name for run in runs)]
+    shown = table(head, rows[:SHOWN_DIFFERENCES], caption="Settings that differ")
+    if len(rows) <= SHOWN_DIFFERENCES:
+        return shown
+    rest = table(head, rows[SHOWN_DIFFERENCES:], caption="Further settings that differ")
+    return join([shown, details(f"{len(rows) - SHOWN_DIFFERENCES} more settings differ", rest)])
+
+
+def _training_table(runs: Sequence[Run]) -> Markup:
+    """Training's figures. Losses are of one scale only where the model's settings are the same."""
+    models = {json.dumps(_objective(run), sort_keys=True, default=str) for run in runs}
+    rows = [training_figures(run) for run in runs]
+    parts = [_figures_table("Training", runs, rows, marked=len(models) == 1)]
+    if len(models) > 1:
+        note = "The models or their data differ, so that losses are not compared."
+        parts.append(element("p", note, class_="note"))
+    return join(parts)
+
+
+def _objective(run: Run) -> list[Any]:
+    return [run.setting("config", "name"), run.setting("config", "model"), _data(run)]
+
+
+def _data(run: Run) -> Any:
+    data = run.setting("config", "data")
+    return [data.get(key) for key in ("source", "path")] if isinstance(data, Mapping) else data
+
+
+def _evaluations(runs: Sequence[Run]) -> dict[str, list[Evaluation | None]]:
+    """Of each kind, the evaluation of each run; by folder too where a run has several of a kind."""
+    several = {
+        evaluation.command
+        for run in runs
+        for evaluation in run.evaluations
+        if sum(other.command == evaluation.command for other in run.evaluations) > 1
+    }
+    found: dict[str, list[Evaluation | None]] = {}
+    for column, run in enumerate(runs):
+        for evaluation in run.evaluations:
+            key = title(evaluation)
+            if evaluation.command in several:
+                key += f", {evaluation.place or 'at the top'}"
+            found.setdefault(key, [None] * len(runs))[column] = evaluation
+    return found
+
+
+def _same_clips(evaluations: Sequence[Evaluation]) -> bool:
+    origins = [[e.metrics.get(key) for key in CLIPS] for e in evaluations]
+    return all(origin == origins[0] for origin in origins)
+
+
+def _figures_table(
+    caption: str, runs: Sequence[Run], figures: Sequence[Mapping[str, float]], *, marked: bool
+) -> Markup:
+    names = list(dict.fromkeys(name for row in figures for name in row))
+    rows: list[list[Child]] = []
+    for name in names:
+        values = [row.get(name) for row in figures]
+        best = _best(name, values) if marked else None
+        cells = [_figure(value, name, best is not None and value == best) for value in values]
+        rows.append([label(name), *cells])
+    return table([caption, *(run.name for run in runs)], rows, caption=caption, class_="compared")
+
+
+def _best(name: str, values: Sequence[float | None]) -> float | None:
+    """The best of a row; None where nothing can be better, or where all are equal."""
+    known = [value for value in values if value is not None and value == value]
+    sign = better(name)
+    if sign == 0 or len(known) < 2 or min(known) == max(known):
+        return None
+    return max(known) if sign > 0 else min(known)
+
+
+def _figure(value: float | None, name: str, is_best: bool) -> Markup:
+    shown = "–" if value is None else write_number(value, name)
+    if not is_best:
+        return element("td", shown)
+    return element("td", element("b", shown), element("span", " best", class_="best"))
+
+
+def _short(value: Any) -> str:
+    shown = write_value(value) if not isinstance(value, list | Mapping) else json.dumps(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
