@@ -4,6 +4,7 @@ Lines are drawn in an SVG that the page stretches; labels are text beside it, so
 readable on a phone. The page's script adds a read-out where a pointer is.
 """
 
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -100,22 +101,18 @@ def chart(
         "svg", grid, lines, viewBox="0 0 1000 1000", preserveAspectRatio="none", aria_hidden="true"
     )
     told = _told(series, means)
+    scale = element("span", "log scale", class_="scale") if up.log else None
     plot = element(
         "div",
         element("div", [_label(up, tick) for tick in up.ticks(4)], class_="up"),
-        element("div", drawing, class_="drawing"),
+        element("div", drawing, scale, class_="drawing"),
         element("div", [_label(across, t, "left") for t in across.ticks(5)], class_="across"),
         class_="plot",
         role="img",
         aria_label=f"{title} over {across.high:,.0f} steps. " + "; ".join(told),
     )
-    change = told[0].partition(": ")[2] if not many else ""
-    scale = element("span", " log scale", class_="scale") if up.log else None
-    caption = element(
-        "figcaption",
-        element("b", title, scale),
-        element("span", change, class_="change"),
-    )
+    change = "" if many else _change(title, series[0].curve, told[0])
+    caption = element("figcaption", element("b", title), element("span", change, class_="change"))
     points = [
         {"name": line.name, "place": line.place, "points": thin(mean or line.curve)}
         for line, mean in zip(series, means, strict=True)
@@ -155,6 +152,16 @@ def _rule(share: float) -> Markup:
 
 def _label(scale: Scale, tick: float, side: str = "bottom") -> Markup:
     return element("span", write_tick(tick), style=f"{side}:{100 * scale.at(tick):.2f}%")
+
+
+def _change(title: str, curve: Curve, told: str) -> str:
+    """What one line says beside its title."""
+    values = [value for _, value in curve]
+    if title == OTHERS["lr"]:
+        return f"peak {max(values):.3g}"
+    if title == OTHERS["clips_per_second"]:
+        return f"median {write_number(statistics.median(values))}"
+    return told.partition(": ")[2]
 
 
 def _told(series: Sequence[Series], means: Sequence[Curve | None]) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kdcmae_fast.report.evaluations import headline, title
-from kdcmae_fast.report.figures import better, label, write_number, write_value
+from kdcmae_fast.report.figures import better, label, write_number
 from kdcmae_fast.report.markup import Child, Markup, details, element, join, table
 from kdcmae_fast.report.run import Evaluation, Run
 from kdcmae_fast.report.training import training_figures
@@ -15,16 +15,22 @@ CLIPS = ("clips_of", "num_clips", "data", "seed")  # equal: measured on the same
 
 
 def comparison(runs: Sequence[Run]) -> Markup:
-    """Figures of all runs, a table for training and one for each kind of evaluation."""
-    parts = [_training_table(runs)]
-    for key, found in _evaluations(runs).items():
+    """Figures of all runs in one table: training, then each kind of evaluation."""
+    head = [element("th", "", scope="col"), *(element("th", run.name, scope="col") for run in runs)]
+    groups = [_training_group(runs)]
+    for name, found in _evaluations(runs).items():
         same = _same_clips([entry for entry in found if entry is not None])
         rows = [headline(entry.metrics) if entry else {} for entry in found]
-        parts.append(_figures_table(key, runs, rows, marked=same))
-        if not same:
-            note = "Measured on different clips or seeds, so that no best is marked."
-            parts.append(element("p", note, class_="note"))
-    return join(parts)
+        note = "" if same else "measured on different clips or seeds: no best is marked"
+        groups.append(_group(name, note, rows, marked=same))
+    whole = element(
+        "table",
+        element("thead", element("tr", head)),
+        *groups,
+        style=f"--runs:{len(runs)}",
+    )
+    return element("div", whole, class_="scroll compared", tabindex="0", role="region",
+                   aria_label="Figures of all runs")  # fmt: skip
 
 
 def differences(runs: Sequence[Run]) -> Markup:
@@ -47,15 +53,14 @@ def differences(runs: Sequence[Run]) -> Markup:
     return join([shown, details(f"{len(rows) - SHOWN_DIFFERENCES} more settings differ", rest)])
 
 
-def _training_table(runs: Sequence[Run]) -> Markup:
+def _training_group(runs: Sequence[Run]) -> Markup:
     """Training's figures. Losses are of one scale only where the model's settings are the same."""
     models = {json.dumps(_objective(run), sort_keys=True, default=str) for run in runs}
-    rows = [training_figures(run) for run in runs]
-    parts = [_figures_table("Training", runs, rows, marked=len(models) == 1)]
-    if len(models) > 1:
-        note = "The models or their data differ, so that losses are not compared."
-        parts.append(element("p", note, class_="note"))
-    return join(parts)
+    same = len(models) == 1
+    note = "losses of the last logged step"
+    if not same:
+        note += "; the models or their data differ: no best is marked"
+    return _group("Training", note, [training_figures(run) for run in runs], marked=same)
 
 
 def _objective(run: Run) -> list[Any]:
@@ -90,17 +95,19 @@ def _same_clips(evaluations: Sequence[Evaluation]) -> bool:
     return all(origin == origins[0] for origin in origins)
 
 
-def _figures_table(
-    caption: str, runs: Sequence[Run], figures: Sequence[Mapping[str, float]], *, marked: bool
+def _group(
+    title: str, note: str, figures: Sequence[Mapping[str, float]], *, marked: bool
 ) -> Markup:
-    names = list(dict.fromkeys(name for row in figures for name in row))
-    rows: list[list[Child]] = []
-    for name in names:
+    """A `<tbody>`: a line that names it, then a line for each figure that any run has."""
+    said = element("span", note, class_="note") if note else None
+    first = element("th", title, said, scope="rowgroup", colspan=len(figures) + 1)
+    rows = [element("tr", first, class_="group")]
+    for name in dict.fromkeys(name for row in figures for name in row):
         values = [row.get(name) for row in figures]
         best = _best(name, values) if marked else None
         cells = [_figure(value, name, best is not None and value == best) for value in values]
-        rows.append([label(name), *cells])
-    return table([caption, *(run.name for run in runs)], rows, caption=caption, class_="compared")
+        rows.append(element("tr", element("th", label(name), scope="row"), cells))
+    return element("tbody", rows)
 
 
 def _best(name: str, values: Sequence[float | None]) -> float | None:
@@ -116,11 +123,12 @@ def _figure(value: float | None, name: str, is_best: bool) -> Markup:
     shown = "–" if value is None else write_number(value, name)
     if not is_best:
         return element("td", shown)
-    return element("td", element("b", shown), element("span", " best", class_="best"))
+    return element("td", element("span", "best ", class_="best"), element("b", shown))
 
 
 def _short(value: Any) -> str:
-    shown = write_value(value) if not isinstance(value, list | Mapping) else json.dumps(value)
+    shown = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    shown = "–" if value is None else shown
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 

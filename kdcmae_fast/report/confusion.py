@@ -9,6 +9,7 @@ from kdcmae_fast.report.markup import Child, Markup, element, join, table
 from kdcmae_fast.report.reading import Unreadable, number
 
 IN_TABLE = 40  # classes
+SEEN_AT_ONCE = 6  # classes from which on the pairs confused most are listed
 SHOWN_PAIRS = 10
 LIGHT_TEXT_FROM = 0.62  # share of a row from which light text reads better than dark
 LOW, HIGH = (246, 247, 248), (18, 70, 120)  # colours of the picture
@@ -28,9 +29,11 @@ def confusion(matrix: object, class_names: object) -> Markup:
         "p",
         f"{right:,.0f} of {total:,.0f} clips are on the diagonal. Rows are the true classes, "
         "columns the predicted ones; colours are shares of a row.",
+        class_="note",
     )
     shown = _as_table(counts, shares, names) if len(names) <= IN_TABLE else _as_picture(shares)
-    return join([element("h4", "Confusion matrix"), about, shown, _pairs(counts, names)])
+    pairs = _pairs(counts, names) if len(names) > SEEN_AT_ONCE else None
+    return join([element("h4", "Confusion matrix"), about, shown, pairs])
 
 
 def _checked(matrix: object) -> list[list[float]]:

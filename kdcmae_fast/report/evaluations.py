@@ -39,7 +39,8 @@ SHOWN_BAD = 20
 
 def title(evaluation: Evaluation) -> str:
     """What a reader calls the evaluation."""
-    return TITLES.get(evaluation.command, label(evaluation.command))
+    known = label(evaluation.command)
+    return TITLES.get(evaluation.command, known[:1].upper() + known[1:])
 
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -93,7 +94,8 @@ def bad_clips(found: object) -> Markup | None:
         rows.append(element("li", element("b", name), f": {reason}"))
     if len(found) > SHOWN_BAD:
         rows.append(element("li", f"and {len(found) - SHOWN_BAD:,} more"))
-    return details(f"{len(found):,} bad clips were left out", element("ul", rows))
+    many = f"{len(found):,} clips were" if len(found) > 1 else "One clip was"
+    return details(f"{many} left out", element("ul", rows))
 
 
 def _problems(problems: list[str]) -> Markup | None:
@@ -152,7 +154,7 @@ def _retrieval_headline(metrics: Mapping[str, Any]) -> dict[str, float]:
     """R@1 both ways and of chance, then the median ranks."""
     rows = {key: numbers(metrics.get(key)) for key in ("audio_to_video", "video_to_audio")}
     chance = numbers(metrics.get("chance"))
-    found = {}
+    found: dict[str, float] = {}
     for name in ("R@1", "median_rank"):
         found |= {f"{name} {key}": row[name] for key, row in rows.items() if name in row}
         found |= {f"{name} chance": chance[name]} if name in chance else {}

@@ -34,7 +34,9 @@ def write_number(value: float, name: str = "") -> str:
         return f"{value:.3g}"
     whole = len(str(int(abs(value))))
     shown = f"{value:,.{max(0, 4 - whole)}f}"
-    return shown.rstrip("0").rstrip(".") if "." in shown and value == int(value) else shown
+    if "." in shown and (value == int(value) or "rank" in name.lower()):
+        return shown.rstrip("0").rstrip(".")
+    return shown
 
 
 def write_value(value: object, name: str = "") -> str:
@@ -50,7 +52,8 @@ def write_value(value: object, name: str = "") -> str:
 
 def label(name: str) -> str:
     """A key of metrics.json as words: `audio_to_video` is "audio → video"."""
-    return str(name).replace("_to_", " → ").replace("->", "→").replace("_", " ")
+    words = str(name).replace("_to_", " → ").replace("->", " → ").replace("_", " ")
+    return " ".join(words.split())
 
 
 def is_share(name: str) -> bool:

@@ -133,9 +133,10 @@ class Galleries:
         said = [
             element("b", f"{write_value(item.get('rank'))}."),
             f" similarity {write_number(similarity)}" if similarity is not None else "",
-            element("span", " ✓ its pair", class_="right") if is_pair else None,
         ]
-        return self._card(item, element("p", said), "card pair" if is_pair else "card")
+        pair = element("p", "✓ its pair", class_="right") if is_pair else None
+        shown = join([element("p", said), pair])
+        return self._card(item, shown, "card pair" if is_pair else "card")
 
     def _card(self, item: Any, said: Child = None, class_: str = "card") -> Markup:
         name = str(item.get("video_id", "?"))

@@ -6,12 +6,13 @@ Whatever a run's files say (video ids, settings, file names) is text to a browse
 import html
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 VOID = frozenset({"br", "col", "hr", "img", "input", "link", "meta", "source"})
 # Control characters (but tab and line feed) and halves of surrogate pairs have no place in HTML.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+WORD = re.compile(r"[^\d\s.,%+\-−–∞<]")  # what neither a number nor markup begins with
 
 
 class Markup(str):
@@ -66,18 +67,32 @@ def data_block(value: object) -> Markup:
 
 
 def table(
-    head: Iterable[Child],
-    rows: Iterable[Iterable[Child]],
+    head: Sequence[Child],
+    rows: Iterable[Sequence[Child]],
     *,
     caption: str | None = None,
     class_: str | None = None,
 ) -> Markup:
-    """A table whose first column names its rows, in a box that scrolls sideways on a phone."""
-    first = [element("th", cell, scope="col") for cell in head]
+    """A table whose first column names its rows, in a box that scrolls sideways on a phone.
+
+    Columns of words are set to the left, columns of numbers to the right. A cell may be a `<td>`.
+    """
+    listed = [[join(cell) for cell in row] for row in rows]
+    sides = [
+        "words" if any(WORD.match(row[place]) for row in listed) else None
+        for place in range(len(head))
+    ]
+    first = [
+        element("th", cell, scope="col", class_=side)
+        for cell, side in zip(head, sides, strict=True)
+    ]
     body = []
-    for row in rows:
-        name, *cells = row
-        body.append(element("tr", element("th", name, scope="row"), [_cell(c) for c in cells]))
+    for name, *cells in listed:
+        shown = [
+            cell if cell.startswith("<td") else element("td", cell, class_=side)
+            for cell, side in zip(cells, sides[1:], strict=True)
+        ]
+        body.append(element("tr", element("th", name, scope="row"), shown))
     return element(
         "div",
         element(
@@ -104,10 +119,3 @@ def definitions(pairs: Mapping[str, Any], class_: str) -> Markup:
 def details(summary: Child, *children: Child, class_: str | None = None) -> Markup:
     """Something to unfold."""
     return element("details", element("summary", summary), *children, class_=class_)
-
-
-def _cell(cell: Child) -> Markup:
-    """A `<td>`, or the cell itself where it is one."""
-    if isinstance(cell, Markup) and cell.startswith("<td"):
-        return cell
-    return element("td", cell)

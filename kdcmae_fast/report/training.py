@@ -4,13 +4,13 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from kdcmae_fast.report.charts import LOSSES
 from kdcmae_fast.report.figures import numbers, show_json, write_value
 from kdcmae_fast.report.markup import Markup, definitions, details, join
 from kdcmae_fast.report.reading import number, whole
 from kdcmae_fast.report.run import Run
 
 LONG = ("Date", "Commit", "Versions")  # facts that take a line each
-LOSSES = ("total", "mae_audio", "mae_video", "contrastive", "kd")
 
 
 def facts(run: Run) -> Markup:
@@ -36,10 +36,10 @@ def training_figures(run: Run) -> dict[str, float]:
     if (samples := _figure(run, "samples")) is not None:
         found["samples"] = samples
     losses = numbers(metrics.get("final_losses"))
-    for name in LOSSES:
+    for name, title in LOSSES.items():
         last = losses.get(name, run.log.last(name) if run.log else None)
         if last is not None:
-            found[f"last {name} loss"] = last
+            found[f"{title.lower().removesuffix(' loss')} loss"] = last
     if (speed := _clips_per_second(run)) is not None:
         found["clips per second"] = speed
     return found

@@ -168,6 +168,18 @@ def write_evaluations(run: Path, *, recall: float = 0.69, accuracy: float = 0.8)
 
 
 @pytest.fixture
+def write_png():
+    """write_png(path, colour, size)"""
+    return png
+
+
+@pytest.fixture
+def write_wav():
+    """write_wav(path, hertz, seconds)"""
+    return wav
+
+
+@pytest.fixture
 def make_run(tmp_path):
     """make_run(name, ...) -> a whole run folder; see `write_training`, `write_evaluations`."""
 
