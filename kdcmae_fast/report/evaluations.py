@@ -16,7 +16,7 @@ TITLES = {
     "retrieve": "Retrieval",
     "reconstruct": "Reconstructions",
     "inpaint": "Inpainting",
-    "localize": "Where the sound is",
+    "localize": "Sound localisation",
     "score": "Similarity of sound and picture",
     "probe": "Probe",
     "finetune": "Fine-tuning",

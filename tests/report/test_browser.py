@@ -1,0 +1,106 @@
+"""The page in headless Chromium: every figure loads, nothing is blocked, its script works."""
+
+import html
+import os
+import re
+import shutil
+import struct
+import subprocess
+import zlib
+from pathlib import Path
+
+import pytest
+
+from kdcmae_fast.report import write_report
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
+
+pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(NAMES)} is installed")
+
+# What a person does: moves over a chart, goes on by keys, hides a run, enlarges a picture.
+PERSON = """
+addEventListener("load", () => {
+  const said = [], chart = document.querySelector(".chart");
+  const drawing = chart.querySelector(".drawing");
+  const box = drawing.getBoundingClientRect();
+  drawing.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width / 2}));
+  const readout = chart.querySelector(".readout");
+  said.push(readout.innerText.replaceAll("\\n", " "));
+  chart.querySelector(".plot").dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"}));
+  said.push(readout.innerText.split("\\n")[0]);
+  document.querySelector(".legend li:nth-child(2) button").click();
+  const line = document.querySelector('#curves path.line[data-place="1"]');
+  said.push(`second: ${line.style.display}`);
+  drawing.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width / 2}));
+  said.push(readout.innerText.includes("second"));
+  document.querySelector(".enlarge").click();
+  said.push(document.querySelector("dialog").open);
+  said.push(document.documentElement.scrollWidth <= innerWidth);
+  document.documentElement.dataset.said = said.join(" | ");
+});
+"""
+
+
+def browse(page: Path, width: int, *options: str) -> dict[str, str]:
+    """Open a page from the file system; the `data-` attributes that its scripts left."""
+    command = [
+        str(BROWSER), "--headless=new", "--disable-gpu", "--disable-dev-shm-usage",
+        "--no-first-run", "--hide-scrollbars", f"--window-size={width},2000",
+        "--virtual-time-budget=3000", f"--user-data-dir={page.parent / 'browser'}", *options,
+    ]  # fmt: skip
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--no-sandbox")  # Chromium's own condition for the superuser
+    command += ["--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    start = re.search(r"<html[^>]*>", done.stdout).group()
+    found = re.findall(r'data-([a-z]+)="([^"]*)"', start)
+    return {name: html.unescape(value) for name, value in found}
+
+
+def pixels(path: Path) -> tuple[int, int, set[bytes]]:
+    """Width, height and the colours of the lines of an RGB or RGBA PNG, before their filters."""
+    body = path.read_bytes()
+    width, height = struct.unpack(">II", body[16:24])
+    packed, place = b"", 8
+    while place < len(body):
+        (length,) = struct.unpack(">I", body[place : place + 4])
+        if body[place + 4 : place + 8] == b"IDAT":
+            packed += body[place + 8 : place + 8 + length]
+        place += 12 + length
+    lines = zlib.decompress(packed)
+    size = len(lines) // height
+    return width, height, {lines[row * size : (row + 1) * size] for row in range(height)}
+
+
+def test_one_run(make_run, tmp_path):
+    page = write_report([make_run()], tmp_path / "report.html")
+    shown = browse(page, 1280, f"--screenshot={tmp_path / 'page.png'}")
+    assert shown == {"figures": "25 of 25 loaded, 0 failed", "errors": ""}
+    width, height, lines = pixels(tmp_path / "page.png")
+    assert (width, height) == (1280, 2000)
+    assert len(lines) > 300  # something is drawn on most of it
+
+
+def test_two_runs_with_linked_files(make_run, tmp_path):
+    runs = [make_run(), make_run("second #2 <b>&amp;")]
+    page = write_report(runs, tmp_path / "report.html", max_megabytes=0.001)
+    (runs[0] / "inpainting" / "rebuilt.wav").unlink()  # after the page was written
+    shown = browse(page, 1280, f"--screenshot={tmp_path / 'page.png'}")
+    assert shown == {"figures": "49 of 50 loaded, 1 failed", "errors": ""}
+    assert len(pixels(tmp_path / "page.png")[2]) > 300
+
+
+def test_what_a_person_does(make_run, tmp_path):
+    page = write_report([make_run(), make_run("second")], tmp_path / "report.html")
+    policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')  # bars our script too
+    body, removed = policy.subn("", page.read_text(encoding="utf-8"))
+    assert removed == 1
+    body = body.replace("</body>", f"<script>{PERSON}</script></body>")
+    page.write_text(body, encoding="utf-8")
+    shown = browse(page, 500)
+    assert shown["figures"] == "50 of 50 loaded, 0 failed" and shown["errors"] == ""
+    first, moved, second, still, enlarged, fits = shown["said"].split(" | ")
+    assert re.fullmatch(r"step 1[45]\d first \d\.\d+ second \d\.\d+", " ".join(first.split()))
+    assert int(moved.removeprefix("step ")) > int(first.split()[1])
+    assert (second, still, enlarged, fits) == ("second: none", "false", "true", "true")
