@@ -64,6 +64,7 @@ def test_every_op_family_is_in_the_wheel_once(wheel):
         assert copies == [f"kdcmae_fast/kernels/{family}/__init__.py"]
     assert "kdcmae_fast/kernels/__init__.py" in names
     assert "kdcmae_fast/py.typed" in names
+    assert {"kdcmae_fast/report/style.css", "kdcmae_fast/report/page.js"} <= set(names)
     (scripts,) = [name for name in names if name.endswith(".dist-info/entry_points.txt")]
     assert b"kdcmae = kdcmae_fast.cli:main" in zipfile.ZipFile(wheel).read(scripts)
 
