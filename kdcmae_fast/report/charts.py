@@ -69,8 +69,9 @@ def charts(logs: Sequence[Logged]) -> Markup:
             if name in logged.log.curves
         ]
         title = titles.get(name, name.replace("_", " "))
-        several, linear = len(logs) > 1, name in LINEAR
-        drawn.append(chart(title, series, many=several, wide=place == 0, linear=linear))
+        several, linear, smooth = len(logs) > 1, name in LINEAR, name != "lr"
+        shown = chart(title, series, many=several, wide=place == 0, linear=linear, smooth=smooth)
+        drawn.append(shown)
     return element("div", drawn, class_="charts")
 
 
@@ -81,13 +82,15 @@ def chart(
     many: bool = False,
     wide: bool = False,
     linear: bool = False,
+    smooth: bool = True,
 ) -> Markup:
     """One chart.
 
     many: of several runs, so that the caption cannot tell one's values. wide: across the page.
-    linear: not on a log scale, however much the values differ.
+    linear: not on a log scale, however much the values differ. smooth: the running mean is the
+    line, the values faint.
     """
-    means = [running_mean(line.curve) for line in series]
+    means = [running_mean(line.curve) if smooth else None for line in series]
     values = [value for line in series for _, value in line.curve]
     across = step_scale([step for line in series for step, _ in line.curve])
     up = value_scale(values, linear=linear)

@@ -11,7 +11,11 @@ from kdcmae_fast.report.run import Evaluation, Run
 from kdcmae_fast.report.training import training_figures
 
 SHOWN_DIFFERENCES = 12
-CLIPS = ("clips_of", "num_clips", "data", "seed")  # equal: measured on the same clips
+# What figures depend on beside the model; where it differs, no run is the better one.
+CONDITIONS = (
+    "clips_of", "num_clips", "seed", "ties", "strategy", "num_frames", "time_base", "hidden",
+)  # fmt: skip
+LISTS = ("source", "path", "label_csv")  # of the data settings: which clips there are
 
 
 def comparison(runs: Sequence[Run]) -> Markup:
@@ -19,9 +23,11 @@ def comparison(runs: Sequence[Run]) -> Markup:
     head = [element("th", "", scope="col"), *(element("th", run.name, scope="col") for run in runs)]
     groups = [_training_group(runs)]
     for name, found in _evaluations(runs).items():
-        same = _same_clips([entry for entry in found if entry is not None])
+        same = _same_conditions([entry for entry in found if entry is not None])
         rows = [headline(entry.metrics) if entry else {} for entry in found]
-        note = "" if same else "measured on different clips or seeds: no best is marked"
+        if not any(rows):
+            continue
+        note = "" if same else "measured on different clips or otherwise: no best is marked"
         groups.append(_group(name, note, rows, marked=same))
     whole = element(
         "table",
@@ -64,12 +70,13 @@ def _training_group(runs: Sequence[Run]) -> Markup:
 
 
 def _objective(run: Run) -> list[Any]:
-    return [run.setting("config", "name"), run.setting("config", "model"), _data(run)]
+    data = _lists(run.setting("config", "data"))
+    return [run.setting("config", "name"), run.setting("config", "model"), data]
 
 
-def _data(run: Run) -> Any:
-    data = run.setting("config", "data")
-    return [data.get(key) for key in ("source", "path")] if isinstance(data, Mapping) else data
+def _lists(data: object) -> object:
+    """The part of the data settings that says which clips there are."""
+    return [data.get(key) for key in LISTS] if isinstance(data, Mapping) else None
 
 
 def _evaluations(runs: Sequence[Run]) -> dict[str, list[Evaluation | None]]:
@@ -90,9 +97,13 @@ def _evaluations(runs: Sequence[Run]) -> dict[str, list[Evaluation | None]]:
     return found
 
 
-def _same_clips(evaluations: Sequence[Evaluation]) -> bool:
-    origins = [[e.metrics.get(key) for key in CLIPS] for e in evaluations]
-    return all(origin == origins[0] for origin in origins)
+def _same_conditions(evaluations: Sequence[Evaluation]) -> bool:
+    found = []
+    for metrics in (evaluation.metrics for evaluation in evaluations):
+        clips = metrics.get("clips")
+        own = [metrics.get(key) for key in CONDITIONS] + [_lists(metrics.get("data"))]
+        found.append([*own, len(clips) if isinstance(clips, list) else None])
+    return all(conditions == found[0] for conditions in found)
 
 
 def _group(

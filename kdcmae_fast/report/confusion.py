@@ -11,7 +11,9 @@ from kdcmae_fast.report.reading import Unreadable, number
 IN_TABLE = 40  # classes
 SEEN_AT_ONCE = 6  # classes from which on the pairs confused most are listed
 SHOWN_PAIRS = 10
-LIGHT_TEXT_FROM = 0.62  # share of a row from which light text reads better than dark
+# Shares of a row from which the text must change sides to keep a contrast of 4.5: in the dark theme
+# at the first, in the light theme at the second.
+MIDDLE, STRONG = 0.605, 0.724
 LOW, HIGH = (246, 247, 248), (18, 70, 120)  # colours of the picture
 
 
@@ -68,10 +70,10 @@ def _as_table(
         for column, share in enumerate(shares[place]):
             count = counts[place][column]
             style = f"--share:{share:.3f}" if share else None
-            strong = "strong" if share >= LIGHT_TEXT_FROM else None
+            shade = "strong" if share >= STRONG else "middle" if share >= MIDDLE else None
             title = f"{name}, taken for {names[column]}: {count:,.0f} ({share:.0%})"
             shown = f"{count:,.0f}" if count else ""
-            cells.append(element("td", shown, style=style, class_=strong, title=title))
+            cells.append(element("td", shown, style=style, class_=shade, title=title))
         rows.append([name, *cells])
     head: list[Child] = ["", *(element("span", name) for name in names)]
     return table(head, rows, caption="Clips by true and predicted class", class_="confusion")

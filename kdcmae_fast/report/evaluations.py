@@ -1,6 +1,7 @@
 """The section of one evaluation: its figures, what to look at and to listen to, its settings."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from kdcmae_fast.report.charts import Logged, charts
@@ -70,7 +71,7 @@ def evaluation_section(
     return element(
         "section",
         element("h3", title(evaluation), " ", where),
-        element("p", _about(metrics), class_="note"),
+        _about(run, metrics),
         _figures(metrics),
         drawn,
         matrix,
@@ -115,17 +116,27 @@ def _confusion(metrics: Mapping[str, Any], problem: Callable[[str], None]) -> Ma
         return None
 
 
-def _about(metrics: Mapping[str, Any]) -> str:
-    """Model and clips in one line."""
+def _about(run: Run, metrics: Mapping[str, Any]) -> Markup | None:
+    """Clips and model in one line; the model only where it is not the run's own."""
     said = []
     if isinstance(metrics.get("clips_of"), str):
         count = metrics.get("num_clips")
         clips = f"{write_value(count)} clips: " if isinstance(count, int) else "clips: "
         said.append(clips + metrics["clips_of"])
-    for key in ("checkpoint", "seed"):
-        if isinstance(metrics.get(key), str | int):
-            said.append(f"{key} {metrics[key]}")
-    return " · ".join(said)
+    checkpoint = metrics.get("checkpoint")
+    if isinstance(checkpoint, str) and not _within(run, checkpoint):
+        said.append(f"checkpoint {checkpoint}")
+    if isinstance(metrics.get("seed"), str | int):
+        said.append(f"seed {metrics['seed']}")
+    return element("p", " · ".join(said), class_="note") if said else None
+
+
+def _within(run: Run, checkpoint: str) -> bool:
+    """Whether a path, as a metrics.json has it, is of the run's folder."""
+    try:
+        return Path(checkpoint).resolve().is_relative_to(run.folder.resolve())
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def _figures(metrics: Mapping[str, Any]) -> Markup | None:

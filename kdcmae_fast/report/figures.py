@@ -8,6 +8,8 @@ from typing import Any
 from kdcmae_fast.report.markup import Child, Markup, definitions, details, element, join, table
 from kdcmae_fast.report.reading import number
 
+Table = tuple[str | None, dict[str, Mapping[str, Any]]]  # caption, rows
+
 SHOWN_ROWS = 50
 SHOWN_JSON = 20_000  # characters
 SHOWN_DEPTH = 3
@@ -15,7 +17,8 @@ SHARES = ("r@", "accuracy", "chance", "top-", "top1", "top5", "recall", "share")
 LOWER = ("loss", "error", "rank", "medr", "second", "distance", "mse", "mae")
 NEITHER = (
     "chance", "baseline", "control", "centred", "centered", "untrained", "random", "raw", "num_",
-    "clips", "steps", "samples", "folds", "classes", "seed", "offset", "threshold", "epoch",
+    "visible", "clips", "steps", "samples", "folds", "classes", "seed", "offset", "threshold",
+    "epoch",
 )  # fmt: skip
 
 
@@ -79,12 +82,12 @@ def numbers(found: object) -> dict[str, float]:
 def show(found: Mapping[str, Any], depth: int = 0) -> Markup:
     """Any JSON object for reading: plain figures first, objects that are alike in one table."""
     plain = {name: value for name, value in found.items() if _is_plain(value)}
-    alike, others = _group({n: v for n, v in found.items() if not _is_plain(v)})
-    parts = []
+    tables, others = _group({n: v for n, v in found.items() if not _is_plain(v)})
+    parts: list[Child] = []
     if plain:
         shown = {label(name): write_value(value, name) for name, value in plain.items()}
         parts.append(definitions(shown, "figures"))
-    parts += [_matrix(group) for group in alike]
+    parts += [_matrix(*rows) for rows in tables]
     for name, value in others.items():
         parts.append(_other(name, value, depth))
     return join(parts)
@@ -119,7 +122,10 @@ def _other(name: str, value: object, depth: int) -> Markup:
         if all(_is_flat(entry) for entry in value):
             return rows_table(value, title)
     if isinstance(value, Mapping) and value and depth < SHOWN_DEPTH:
-        return join([element("h4", title), show(value, depth + 1)])
+        inner = show(value, depth + 1)
+        if all(_is_table(entry) for entry in value.values()):
+            return join([element("h4", title), inner])
+        return details(title, inner)
     if isinstance(value, list | Mapping) and not value:
         return definitions({title: "none"}, "figures")
     return details(title, show_json(value))
@@ -133,31 +139,38 @@ def _is_flat(value: object) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(map(_is_plain, value.values()))
 
 
-def _group(found: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Flat objects that share most of their keys, group by group; and the rest."""
-    groups: list[dict[str, Any]] = []
+def _is_table(value: object) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(map(_is_flat, value.values()))
+
+
+def _group(found: Mapping[str, Any]) -> tuple[list[Table], dict[str, Any]]:
+    """Tables: each entry that is one, and flat entries that share most of their keys. The rest."""
+    tables: list[Table] = []
     rest: dict[str, Any] = {}
     for name, value in found.items():
-        if not _is_flat(value):
-            if isinstance(value, Mapping) and value and all(map(_is_flat, value.values())):
-                groups.append(dict(value))  # a table in itself
+        if _is_table(value):
+            tables.append((label(name), dict(value)))
+        elif _is_flat(value):
+            for title, rows in tables:
+                first = next(iter(rows.values())).keys()
+                if title is None and 2 * len(first & value.keys()) >= len(first | value.keys()):
+                    rows[name] = value
+                    break
             else:
-                rest[name] = value
-            continue
-        for group in groups:
-            first = next(iter(group.values()))
-            if 2 * len(first.keys() & value.keys()) >= len(first.keys() | value.keys()):
-                group[name] = value
-                break
+                tables.append((None, {name: value}))
         else:
-            groups.append({name: value})
-    return groups, rest
+            rest[name] = value
+    return tables, rest
 
 
-def _matrix(group: Mapping[str, Mapping[str, Any]]) -> Markup:
-    keys = list(dict.fromkeys(key for row in group.values() for key in row))
-    rows: list[list[Child]] = [
+def _matrix(title: str | None, rows: Mapping[str, Mapping[str, Any]]) -> Markup | None:
+    """A table of objects, but those that hold nothing."""
+    known = {name: row for name, row in rows.items() if any(v is not None for v in row.values())}
+    if not known:
+        return None
+    keys = list(dict.fromkeys(key for row in known.values() for key in row))
+    body: list[list[Child]] = [
         [label(name), *(write_value(row[key], key) if key in row else "" for key in keys)]
-        for name, row in group.items()
+        for name, row in known.items()
     ]
-    return table(["", *map(label, keys)], rows)
+    return table(["", *map(label, keys)], body, caption=title)

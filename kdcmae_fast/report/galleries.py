@@ -1,6 +1,6 @@
 """Pictures, sounds, videos and retrieval examples of an evaluation, to look at and to play."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kdcmae_fast.report.figures import write_number, write_value
@@ -31,15 +31,29 @@ class Galleries:
         self._problem = problem
 
     def all(self) -> Markup:
-        """Every gallery that the metrics name."""
+        """Every gallery that the metrics name; sounds of a clip that has a picture go below it."""
         metrics = self._evaluation.metrics
-        pictures = [*_entries(metrics.get("pictures")), *_clip_pictures(metrics.get("clips"))]
-        sounds, videos = _entries(metrics.get("sounds")), _entries(metrics.get("videos"))
+        clips = _clips(metrics.get("clips"))
+        sounds = _entries(metrics.get("sounds"))
+        titles = {file: title for file, title in sounds if isinstance(file, str)}
+        below = {
+            picture: [(sound, titles.get(sound, sound).removeprefix(f"{name}: ")) for sound in own]
+            for picture, (name, own) in clips.items()
+        }
+        placed = {sound for own in below.values() for sound, _ in own}
+        pictures = _entries(metrics.get("pictures"))
+        named = {file for file, _ in pictures if isinstance(file, str)}
+        pictures += [(file, name) for file, (name, _) in clips.items() if file not in named]
+        sounds = [(file, name) for file, name in sounds if not _among(file, placed)]
+
+        def show_picture(name: object, title: str) -> Markup | None:
+            return self._picture(name, title, below.get(name, []) if isinstance(name, str) else [])
+
         return join(
             [
                 self._examples(metrics.get("examples")),
-                self._gallery(pictures, self._picture, "pictures"),
-                self._gallery(videos, self._video, "videos"),
+                self._gallery(pictures, show_picture, "pictures"),
+                self._gallery(_entries(metrics.get("videos")), self._video, "videos"),
                 self._gallery(sounds, self._sound, "sounds"),
             ]
         )
@@ -59,12 +73,16 @@ class Galleries:
         rest = element("div", shown[OPEN:], class_=f"gallery {kind}")
         return join([first, details(f"{len(shown) - OPEN} more {kind}", rest)])
 
-    def _picture(self, name: object, title: str) -> Markup | None:
+    def _picture(
+        self, name: object, title: str, sounds: Sequence[tuple[str, str]]
+    ) -> Markup | None:
         address = self._address(name, "picture")
         if address is None:
             return None
         image = element("img", src=address, alt=title, class_="zoom")
-        return element("figure", image, element("figcaption", title))
+        players = [self._sound(*sound) for sound in sounds]
+        heard = element("div", players, class_="heard") if players else None
+        return element("figure", image, element("figcaption", title), heard)
 
     def _video(self, name: object, title: str) -> Markup | None:
         address = self._address(name, "video")
@@ -175,8 +193,16 @@ def _entries(found: object) -> list[tuple[object, str]]:
     return entries
 
 
-def _clip_pictures(clips: object) -> Iterable[tuple[object, str]]:
-    """Pictures that a list of clips names, as `kdcmae reconstruct` writes it."""
-    for clip in clips if isinstance(clips, list) else []:
-        if isinstance(clip, Mapping) and "picture" in clip:
-            yield clip["picture"], str(clip.get("clip", clip["picture"]))
+def _clips(found: object) -> dict[str, tuple[str, list[str]]]:
+    """picture -> (clip, its sounds), of a list of clips that names them."""
+    clips = {}
+    for clip in found if isinstance(found, list) else []:
+        if isinstance(clip, Mapping) and isinstance(clip.get("picture"), str):
+            sounds = clip.get("sounds")
+            own = [s for s in sounds if isinstance(s, str)] if isinstance(sounds, list) else []
+            clips[clip["picture"]] = (str(clip.get("clip", clip["picture"])), own)
+    return clips
+
+
+def _among(file: object, files: set[str]) -> bool:
+    return isinstance(file, str) and file in files

@@ -52,16 +52,20 @@ def step_scale(steps: list[float]) -> Scale:
 
 
 def running_mean(curve: Curve) -> Curve | None:
-    """Mean around each value, 5 % of the log wide; None for logs too short to need it."""
-    reach = len(curve) // 40
-    if reach < 2:
+    """Mean around each value, 5 % of the log wide; None for logs too short to need it.
+
+    Where fewer values come before one than that, as few after it count: the steep start of a run
+    stays where it is.
+    """
+    widest = len(curve) // 40
+    if widest < 2:
         return None
     sums = [0.0]
     for _, value in curve:
         sums.append(sums[-1] + value)
     means = []
     for place, (step, _) in enumerate(curve):
-        first, last = max(0, place - reach), min(len(curve), place + reach + 1)
+        first, last = max(0, place - widest), min(len(curve), place + min(place, widest) + 1)
         means.append((step, (sums[last] - sums[first]) / (last - first)))
     return means
 

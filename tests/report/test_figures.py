@@ -66,3 +66,12 @@ def test_lists_and_nests():
     assert "folds (the first 50 of 60)" in shown and shown.count('<th scope="row">') == 50
     assert "<dt>empty</dt><dd>none</dd>" in shown
     assert "<pre>" in shown and "&quot;f&quot;: 2" in shown
+
+
+def test_a_table_keeps_its_name_and_loses_rows_of_nothing():
+    audio = {"model": {"loss": 0.8, "shown": 7.0}, "mean": {"loss": 1.1, "shown": None}}
+    video = {"model": {"loss": None, "shown": None}}
+    shown = show({"errors": {"audio": audio, "video": video}})
+    assert "<h4>errors</h4>" in shown and "<caption>audio</caption>" in shown
+    assert '<th scope="row">mean</th><td>1.1</td><td>–</td>' in shown.replace("1.100", "1.1")
+    assert "video" not in shown

@@ -4,10 +4,13 @@ import copy
 import json
 import random
 import re
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
+import kdcmae_fast.report
 from kdcmae_fast.cli import main
 from kdcmae_fast.report import write_report
 
@@ -122,7 +125,7 @@ def test_what_is_measured_differently_has_no_best(page, make_run, tmp_path):
     path.write_text(json.dumps(config))
     text = page(*runs).text
     assert row(text, "R@1 audio → video").startswith("69.0 % 81.0 %")
-    assert "measured on different clips or seeds: no best is marked" in text
+    assert "measured on different clips or otherwise: no best is marked" in text
     assert row(text, "total loss").startswith("3 2")
     assert "the models or their data differ: no best is marked" in text
 
@@ -237,6 +240,52 @@ def test_no_metrics_can_break_the_page(make_run, tmp_path):
             path.write_text(json.dumps(spoiled))
             write_report([run], tmp_path / "report.html")
         path.write_text(json.dumps(whole))
+
+
+def test_sounds_of_a_clip_are_below_its_picture(page, make_run, tmp_path):
+    folder = make_run() / "inpainting"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["clips"] = [
+        {"clip": "clip 0", "picture": "0.png", "sounds": ["rebuilt.wav", "rebuilt.wav"]},
+        {"clip": "clip 9", "picture": "5.png", "sounds": []},
+    ]
+    metrics["sounds"][0]["title"] = "clip 0: reconstructed"
+    del metrics["pictures"][5]  # named by its clip alone
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    shown = page(folder)
+    assert len(shown.all("img")) == 6
+    assert [audio["aria-label"] for audio in shown.all("audio")] == ["reconstructed"] * 2
+    assert "clip 0 reconstructed reconstructed clip 1" in shown.text and "clip 9" in shown.text
+
+
+def test_evaluations_of_one_kind_are_told_apart_by_their_folders(page, make_run):
+    first, second = make_run(), make_run("second", accuracy=0.9)
+    shutil.copytree(first / "probe", first / "probe_knn")
+    text = page(first, second).text
+    assert "Probe (probe)" in text and "Probe (probe_knn)" in text
+    assert row(text, "Probe, probe accuracy").startswith("80.0 % best 90.0 %")
+    assert row(text, "Probe, probe_knn accuracy").startswith("80.0 % –")
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return sum(share * part for share, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_colours_can_be_told_from_their_ground(theme):
+    """WCAG 2.2: contrast of 4.5 for text, 3 for lines."""
+    style = Path(kdcmae_fast.report.__file__).with_name("style.css").read_text()
+    root = re.findall(r":root \{(.*?)\}", style, re.S)[theme]
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", root))
+    for name, least in {
+        "ink": 4.5, "soft": 4.5, "accent": 4.5, "good": 4.5, "warn": 4.5,
+        **{f"c{place}": 3.0 for place in range(6)},
+    }.items():  # fmt: skip
+        for ground in ("paper", "sheet"):
+            pair = sorted(luminance(colours[which]) + 0.05 for which in (name, ground))
+            assert pair[1] / pair[0] >= least, (name, ground)
 
 
 def test_an_unfinished_run_says_so(page, make_run):
