@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kdcmae_fast.report.figures import write_number
+from kdcmae_fast.report.figures import label, write_number
 from kdcmae_fast.report.log import Curve, Log
 from kdcmae_fast.report.markup import Markup, data_block, element
 from kdcmae_fast.report.scale import (
@@ -68,7 +68,7 @@ def charts(logs: Sequence[Logged]) -> Markup:
             for logged in logs
             if name in logged.log.curves
         ]
-        title = titles.get(name, name.replace("_", " "))
+        title = titles.get(name) or label(name).replace("eval/", "Evaluation: ")
         several, linear, smooth = len(logs) > 1, name in LINEAR, name != "lr"
         shown = chart(title, series, many=several, wide=place == 0, linear=linear, smooth=smooth)
         drawn.append(shown)

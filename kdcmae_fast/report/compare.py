@@ -14,6 +14,7 @@ SHOWN_DIFFERENCES = 12
 # What figures depend on beside the model; where it differs, no run is the better one.
 CONDITIONS = (
     "clips_of", "num_clips", "seed", "ties", "strategy", "num_frames", "time_base", "hidden",
+    "tested_on", "classifier", "modality", "mode",
 )  # fmt: skip
 LISTS = ("source", "path", "label_csv")  # of the data settings: which clips there are
 

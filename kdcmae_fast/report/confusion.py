@@ -35,7 +35,9 @@ def confusion(matrix: object, class_names: object) -> Markup:
     )
     shown = _as_table(counts, shares, names) if len(names) <= IN_TABLE else _as_picture(shares)
     pairs = _pairs(counts, names) if len(names) > SEEN_AT_ONCE else None
-    return join([element("h4", "Confusion matrix"), about, shown, pairs])
+    return join(
+        [element("h4", "Confusion matrix"), about, element("div", shown, pairs, class_="beside")]
+    )
 
 
 def _checked(matrix: object) -> list[list[float]]:

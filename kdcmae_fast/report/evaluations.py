@@ -142,7 +142,12 @@ def _within(run: Run, checkpoint: str) -> bool:
 def _figures(metrics: Mapping[str, Any]) -> Markup | None:
     """The headline large, everything else below it."""
     first = numbers(metrics.get("headline"))
-    rest = {key: value for key, value in metrics.items() if key not in (*SHOWN_APART, *ORIGIN)}
+    told = {label(name): value for name, value in first.items()}
+    rest = {
+        key: value
+        for key, value in metrics.items()
+        if key not in (*SHOWN_APART, *ORIGIN) and (value is None or told.get(label(key)) != value)
+    }
     clips = rest.get("clips")
     per_clip = rest.pop("clips", None) if isinstance(clips, list) else None
     large = None

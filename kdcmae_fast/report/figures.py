@@ -13,12 +13,12 @@ Table = tuple[str | None, dict[str, Mapping[str, Any]]]  # caption, rows
 SHOWN_ROWS = 50
 SHOWN_JSON = 20_000  # characters
 SHOWN_DEPTH = 3
-SHARES = ("r@", "accuracy", "chance", "top-", "top1", "top5", "recall", "share")
+SHARES = ("r@", "accuracy", "chance", "top-", "top1", "top5", "recall", "share", "majority")
 LOWER = ("loss", "error", "rank", "medr", "second", "distance", "mse", "mae")
 NEITHER = (
     "chance", "baseline", "control", "centred", "centered", "untrained", "random", "raw", "num_",
-    "visible", "clips", "steps", "samples", "folds", "classes", "seed", "offset", "threshold",
-    "epoch",
+    "majority", "visible", "clips", "steps", "samples", "folds", "classes", "seed", "offset",
+    "threshold", "epoch",
 )  # fmt: skip
 
 
@@ -102,10 +102,11 @@ def show_json(value: object) -> Markup:
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]], caption: str) -> Markup:
-    """Objects of plain values as the rows of a table, the first 50 of them."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
+    """Plain values of objects as the rows of a table, the first 50 of them."""
+    keys = list(dict.fromkeys(key for row in rows for key in row if _is_plain(row[key])))
     body: list[list[Child]] = [
-        [write_value(row.get(key), key) for key in keys] for row in rows[:SHOWN_ROWS]
+        [write_value(row.get(key), key) if _is_plain(row.get(key)) else "" for key in keys]
+        for row in rows[:SHOWN_ROWS]
     ]
     if len(rows) > SHOWN_ROWS:
         caption = f"{caption} (the first {SHOWN_ROWS} of {len(rows):,})"
@@ -119,8 +120,12 @@ def _other(name: str, value: object, depth: int) -> Markup:
         if all(_is_plain(entry) for entry in value) and len(value) <= 12:
             shown = ", ".join(write_value(entry, name) for entry in value)
             return definitions({title: shown}, "figures")
-        if all(_is_flat(entry) for entry in value):
-            return rows_table(value, title)
+        if all(
+            isinstance(entry, Mapping) and any(map(_is_plain, entry.values())) for entry in value
+        ):
+            whole = all(map(_is_flat, value))
+            rest = None if whole else details(f"{title}, whole", show_json(value))
+            return join([rows_table(value, title), rest])
     if isinstance(value, Mapping) and value and depth < SHOWN_DEPTH:
         inner = show(value, depth + 1)
         if all(_is_table(entry) for entry in value.values()):

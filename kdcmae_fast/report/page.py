@@ -173,7 +173,7 @@ def _glance(run: Run, anchor: str) -> Markup | None:
     """The headline figures of every evaluation, each a link to its section."""
     cards = []
     for number, evaluation in enumerate(run.evaluations, 1):
-        figures = dict(list(headline(evaluation.metrics).items())[:3])
+        figures = dict(list(headline(evaluation.metrics).items())[:4])
         if figures:
             shown = {label(name): write_number(value, name) for name, value in figures.items()}
             link = element("a", title(evaluation), href=f"#{anchor}-{number}")

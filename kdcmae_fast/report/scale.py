@@ -96,11 +96,13 @@ def _value(point: tuple[float, float]) -> float:
 
 
 def _linear_ticks(low: float, high: float, count: int) -> list[float]:
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [place * step for place in range(first, math.floor(high / step + 1e-9) + 1)]
+    """Multiples of 1, 2 or 5 times a power of ten, as close to `count` of them as that gives."""
+    power = 10.0 ** math.floor(math.log10((high - low) / count))
+    found: list[list[float]] = []
+    for step in (power * factor for factor in (0.5, 1, 2, 5, 10)):
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        found.append([place * step for place in range(first, last + 1)])
+    return min(found, key=lambda ticks: abs(len(ticks) - count))
 
 
 def _log_ticks(low: float, high: float, count: int) -> list[float]:

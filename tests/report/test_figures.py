@@ -68,6 +68,12 @@ def test_lists_and_nests():
     assert "<pre>" in shown and "&quot;f&quot;: 2" in shown
 
 
+def test_rows_that_hold_more_than_plain_values():
+    shown = show({"folds": [{"accuracy": 0.5, "curve": [{"C": 1}]}, {"accuracy": 0.6, "odd": 2}]})
+    assert '<th scope="row">50.0 %</th><td>–</td>' in shown
+    assert "folds, whole" in shown and "&quot;C&quot;: 1" in shown
+
+
 def test_a_table_keeps_its_name_and_loses_rows_of_nothing():
     audio = {"model": {"loss": 0.8, "shown": 7.0}, "mean": {"loss": 1.1, "shown": None}}
     video = {"model": {"loss": None, "shown": None}}
