@@ -54,8 +54,8 @@ def step_scale(steps: list[float]) -> Scale:
 def running_mean(curve: Curve) -> Curve | None:
     """Mean around each value, 5 % of the log wide; None for logs too short to need it.
 
-    Where fewer values come before one than that, as few after it count: the steep start of a run
-    stays where it is.
+    Where fewer values come before one than that, about as few after it count: the steep start of a
+    run stays where it is.
     """
     widest = len(curve) // 40
     if widest < 2:
@@ -65,7 +65,8 @@ def running_mean(curve: Curve) -> Curve | None:
         sums.append(sums[-1] + value)
     means = []
     for place, (step, _) in enumerate(curve):
-        first, last = max(0, place - widest), min(len(curve), place + min(place, widest) + 1)
+        after = min(widest, max(place, widest // 8))
+        first, last = max(0, place - widest), min(len(curve), place + after + 1)
         means.append((step, (sums[last] - sums[first]) / (last - first)))
     return means
 
@@ -88,7 +89,7 @@ def write_tick(value: float) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if unit == 'k' else size):.4g}{unit}"
-    return f"{value:.4g}"
+    return f"{value:.4g}".replace("e-0", "e-")
 
 
 def _value(point: tuple[float, float]) -> float:
