@@ -14,16 +14,17 @@ SHOWN_ROWS = 50
 SHOWN_JSON = 20_000  # characters
 SHOWN_DEPTH = 3
 SHARES = ("r@", "accuracy", "chance", "top-", "top1", "top5", "recall", "share", "majority")
+SPELLED = {"ciou": "cIoU", "iou": "IoU", "auc": "AUC", "mrr": "MRR", "ap50": "AP50"}
 LOWER = ("loss", "error", "rank", "medr", "second", "distance", "mse", "mae")
 NEITHER = (
     "chance", "baseline", "control", "centred", "centered", "untrained", "random", "raw", "num_",
     "majority", "visible", "clips", "steps", "samples", "folds", "classes", "seed", "offset",
-    "threshold", "epoch",
+    "threshold", "epoch", "another",
 )  # fmt: skip
 
 
 def write_number(value: float, name: str = "") -> str:
-    """A figure as a person reads it: four digits, shares (by their name) in percent."""
+    """A figure as a person reads it: three or four digits, shares (by their name) in percent."""
     if isinstance(value, int) and abs(value) < 10**15:
         if value in (0, 1) and is_share(name):
             return f"{value:.1%}".replace("%", " %")
@@ -33,9 +34,9 @@ def write_number(value: float, name: str = "") -> str:
         return "not a number" if math.isnan(value) else ("∞" if value > 0 else "−∞")
     if is_share(name) and 0 <= value <= 1:
         return f"{value * 100:.1f} %"
-    if value and not 0.1 <= abs(value) < 1e6:
+    if value and not 0.01 <= abs(value) < 1e6:
         return f"{value:.3g}"
-    whole = len(str(int(abs(value))))
+    whole = len(str(int(abs(value))))  # digits before the point
     shown = f"{value:,.{max(0, 4 - whole)}f}"
     if "." in shown and (value == int(value) or "rank" in name.lower()):
         return shown.rstrip("0").rstrip(".")
@@ -56,7 +57,7 @@ def write_value(value: object, name: str = "") -> str:
 def label(name: str) -> str:
     """A key of metrics.json as words: `audio_to_video` is "audio → video"."""
     words = str(name).replace("_to_", " → ").replace("->", " → ").replace("_", " ")
-    return " ".join(words.split())
+    return " ".join(SPELLED.get(word, word) for word in words.split())
 
 
 def is_share(name: str) -> bool:
@@ -81,8 +82,8 @@ def numbers(found: object) -> dict[str, float]:
 
 def show(found: Mapping[str, Any], depth: int = 0) -> Markup:
     """Any JSON object for reading: plain figures first, objects that are alike in one table."""
-    plain = {name: value for name, value in found.items() if _is_plain(value)}
-    tables, others = _group({n: v for n, v in found.items() if not _is_plain(v)})
+    plain = {name: v for name, v in found.items() if _is_plain(v) and v is not None}
+    tables, others = _group({name: v for name, v in found.items() if not _is_plain(v)})
     parts: list[Child] = []
     if plain:
         shown = {label(name): write_value(value, name) for name, value in plain.items()}

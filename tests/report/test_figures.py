@@ -11,7 +11,8 @@ from kdcmae_fast.report.figures import better, label, show, write_number, write_
         (0.69, "R@1", "69.0 %"), (1, "accuracy", "100.0 %"), (1 / 3, "chance", "33.3 %"),
         (50.5, "median_rank", "50.5"), (1.0, "median_rank", "1"), (0.475, "error", "0.475"),
         (38400, "samples", "38,400"), (172.2126, "clips", "172.2"), (3.0, "x", "3"),
-        (0.000123, "lr", "0.000123"), (12345678.9, "x", "1.23e+07"), (0.0, "x", "0"),
+        (0.000123, "lr", "0.000123"), (0.06, "x", "0.060"), (0.0437, "x", "0.044"),
+        (12345678.9, "x", "1.23e+07"), (0.0, "x", "0"),
         (float("nan"), "x", "not a number"), (float("-inf"), "x", "−∞"), (10**400, "x", "∞"),
         (-0.62, "x", "-0.620"), (1234.5, "x", "1,234"), (2.5, "accuracy", "2.500"),
     ],
@@ -28,7 +29,7 @@ def test_values():
 
 def test_labels():
     assert label("audio_to_video") == label("audio->video") == "audio → video"
-    assert label("median_rank") == "median rank"
+    assert label("median_rank") == "median rank" and label("mean_ciou") == "mean cIoU"
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_objects_that_are_alike_become_one_table():
     )
     assert shown.count("<table>") == 2
     assert '<th scope="row">audio → video</th><td>69.0 %</td><td>0.800</td><td>0</td>' in shown
-    assert '<th scope="row">chance</th><td>1.0 %</td><td>0.05</td><td></td>' in shown
+    assert '<th scope="row">chance</th><td>1.0 %</td><td>0.050</td><td></td>' in shown
     assert "<dt>ties</dt><dd>average</dd>" in shown
 
 

@@ -106,7 +106,7 @@ def test_two_runs_are_compared(page, make_run):
     assert "2 runs compared" in text and "first, second" in text
     assert row(text, "samples").startswith("19,200 38,400")
     assert row(text, "total loss").startswith("3 best 2.500")
-    assert row(text, "self-distillation loss").startswith("0.01 0.01")
+    assert row(text, "self-distillation loss").startswith("0.010 0.010")
     assert row(text, "accuracy").startswith("best 80.0 % 75.0 %")
     assert row(text, "R@1 audio → video").startswith("69.0 % best 81.0 %")
     assert row(text, "R@1 chance").startswith("1.0 % 1.0 %")
