@@ -8,6 +8,7 @@ import struct
 import subprocess
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,8 +43,9 @@ addEventListener("load", () => {
 """
 
 
-def browse(page: Path, width: int, *options: str) -> dict[str, str]:
-    """Open a page from the file system; the `data-` attributes that its scripts left."""
+def browse(page: Path, width: int, *options: str) -> dict[str, Any]:
+    """Open a page from the file system; the `data-` attributes that its scripts left, and what
+    the browser's console says."""
     command = [
         str(BROWSER), "--headless=new", "--disable-gpu", "--disable-dev-shm-usage",
         "--no-first-run", "--hide-scrollbars", f"--window-size={width},2000",
@@ -51,11 +53,12 @@ def browse(page: Path, width: int, *options: str) -> dict[str, str]:
     ]  # fmt: skip
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--no-sandbox")  # Chromium's own condition for the superuser
-    command += ["--dump-dom", page.as_uri()]
+    command += ["--enable-logging=stderr", "--dump-dom", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     start = re.search(r"<html[^>]*>", done.stdout).group()
     found = re.findall(r'data-([a-z]+)="([^"]*)"', start)
-    return {name: html.unescape(value) for name, value in found}
+    console = re.findall(r"CONSOLE:\d+\] (.*)", done.stderr)
+    return {name: html.unescape(value) for name, value in found} | {"console": console}
 
 
 def pixels(path: Path) -> tuple[int, int, set[bytes]]:
@@ -76,7 +79,7 @@ def pixels(path: Path) -> tuple[int, int, set[bytes]]:
 def test_one_run(make_run, tmp_path):
     page = write_report([make_run()], tmp_path / "report.html")
     shown = browse(page, 1280, f"--screenshot={tmp_path / 'page.png'}")
-    assert shown == {"figures": "25 of 25 loaded, 0 failed", "errors": ""}
+    assert shown == {"figures": "25 of 25 loaded, 0 failed", "errors": "", "console": []}
     width, height, lines = pixels(tmp_path / "page.png")
     assert (width, height) == (1280, 2000)
     assert len(lines) > 300  # something is drawn on most of it
@@ -86,8 +89,12 @@ def test_two_runs_with_linked_files(make_run, tmp_path):
     runs = [make_run(), make_run("second #2 <b>&amp;")]
     page = write_report(runs, tmp_path / "report.html", max_megabytes=0.001)
     (runs[0] / "inpainting" / "rebuilt.wav").unlink()  # after the page was written
+    body = page.read_text(encoding="utf-8")  # a tag that got past us; the page's policy bars it
+    page.write_text(body.replace("<footer>", "<footer><script>throw Error('run')</script>", 1))
     shown = browse(page, 1280, f"--screenshot={tmp_path / 'page.png'}")
-    assert shown == {"figures": "49 of 50 loaded, 1 failed", "errors": ""}
+    assert shown["figures"] == "49 of 50 loaded, 1 failed" and shown["errors"] == ""
+    (barred,) = shown["console"]
+    assert "inline script violates" in barred
     assert len(pixels(tmp_path / "page.png")[2]) > 300
 
 
@@ -99,7 +106,8 @@ def test_what_a_person_does(make_run, tmp_path):
     body = body.replace("</body>", f"<script>{PERSON}</script></body>")
     page.write_text(body, encoding="utf-8")
     shown = browse(page, 500)
-    assert shown["figures"] == "50 of 50 loaded, 0 failed" and shown["errors"] == ""
+    assert shown["figures"] == "50 of 50 loaded, 0 failed"
+    assert shown["errors"] == "" and shown["console"] == []
     first, moved, second, still, enlarged, fits = shown["said"].split(" | ")
     assert re.fullmatch(r"step 1[45]\d first \d\.\d+ second \d\.\d+", " ".join(first.split()))
     assert int(moved.removeprefix("step ")) > int(first.split()[1])
