@@ -5,6 +5,8 @@ import json
 import random
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -317,6 +319,14 @@ def test_the_page_replaces_an_older_one(make_run, tmp_path):
     write_report([run], tmp_path)
     assert (tmp_path / "report.html").stat().st_ino != before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_it_needs_neither_torch_nor_matplotlib():
+    code = (
+        "import sys, kdcmae_fast.report; print({'torch', 'matplotlib', 'numpy'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_command_line(make_run, tmp_path, capsys):
