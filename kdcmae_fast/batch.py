@@ -6,11 +6,12 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """One step's clips on the device, ready for a model. B clips.
+    """One step's rows on the device, ready for a model. B rows, each a frame and its sound.
 
     fbank: (B, T, F) log-mel filterbank, normalised; T frames of 10 ms, F mel bins.
     frames: (B, 3, H, W), uint8, or floats already normalised.
-    sample_ids: (B,) int64, each clip's index in its dataset; the masks are drawn from it.
+    sample_ids: (B,) int64, the masks are drawn from it: each clip's index in its dataset, or with
+        segments (CAV-MAE Sync) index * frames of a clip + number of the frame.
     """
 
     fbank: Tensor

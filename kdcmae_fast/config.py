@@ -225,7 +225,12 @@ class DataConfig:
     label_csv: str = ""  # manifest, shards: index,mid,display_name
     shuffle_window: int = 16384  # shards: clips shuffled together, so that reading stays local
     num_clips: int = 2000  # synthetic: size of the training set
-    num_frames: int = 10  # frames per clip to choose one from
+    clip_seconds: float | None = None  # synthetic: length; None: model.audio_length rows
+    events: bool = False  # synthetic: another object sounds every 0.3 to 0.8 s
+    num_frames: int = 10  # frames per clip to choose from
+    # cav_mae_sync: which rows of a clip's sound are a frame's. true: those around the time it is
+    # shown at; compatible: as published, frame i of T around row i * 1024 / T.
+    time_base: Literal["true", "compatible"] = "true"
     dataset_mean: float = -5.081  # fbank normalisation (AudioSet), natural-log units
     dataset_std: float = 4.4849
     channel: Literal["first", "mean"] = "first"  # of multi-channel audio
@@ -242,6 +247,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "num_clips", "num_frames", "dataset_std", "shuffle_window")
+        _require_range(self, 0.4, float("inf"), "clip_seconds")
         _require_range(self, 0, 1, "max_bad_share", "mixup")
         _require_range(self, 0, float("inf"), "num_workers", "freq_mask", "time_mask")
         _require(
@@ -320,3 +326,28 @@ class RunConfig:
             self.train.contrast_over == "micro_batch" or self.model.contrast_loss_weight > 0,
             "train.contrast_over=step: there is no contrastive term (model.contrast_loss_weight=0)",
         )
+        self._require_frames()
+
+    def _require_frames(self) -> None:
+        frames, stored = self.model.frames_per_clip, self.data.num_frames
+        if not self.pairs_frames:
+            _require(
+                frames == 1,
+                f"model.frames_per_clip={frames}: only cav_mae_sync takes several frames of a "
+                f"clip, here name={self.name}",
+            )
+            return
+        _require(
+            frames <= stored,
+            f"model.frames_per_clip={frames}: a clip has data.num_frames={stored} frames",
+        )
+        _require(
+            self.data.time_base == "true" or self.model.audio_length <= 1024,
+            f"model.audio_length={self.model.audio_length}: longer than the 1024 rows that "
+            "data.time_base=compatible cuts segments from",
+        )
+
+    @property
+    def pairs_frames(self) -> bool:
+        """Whether every frame is paired with the sound around it (CAV-MAE Sync)."""
+        return self.name == "cav_mae_sync"

@@ -66,6 +66,10 @@ class Augment(NamedTuple):
         moved = (tensor.to(device, non_blocking=True) for tensor in self.mixed)
         return Augment(draws, keys, Mixed(*moved))
 
+    def repeated(self, times: int) -> "Augment":
+        """The draws of n = `times` rows of each clip, side by side: all rows get their clip's."""
+        return Augment(self.draws.repeat_interleave(times, 0), self.keys.repeat_interleave(times))
+
 
 def is_augmenting(data: DataConfig) -> bool:
     """Whether the settings ask for anything of this module."""
@@ -126,7 +130,7 @@ def mix_up(
     mine = remove_mean(waveforms[mixed.rows], lengths[mixed.rows])
     outside = torch.arange(size, device=mine.device) >= lengths[mixed.rows].unsqueeze(1)
     sound = torch.lerp(others, mine, mixed.weights.unsqueeze(1)).masked_fill_(outside, 0)
-    share = mixed.weights.view(-1, 1, 1, 1)
+    share = mixed.weights.view(-1, *(1,) * (frames.ndim - 1))
     picture = torch.lerp(mixed.frames.float(), frames[mixed.rows].float(), share).round_()
     return (
         waveforms.index_copy(0, mixed.rows, sound),

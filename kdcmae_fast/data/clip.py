@@ -25,6 +25,10 @@ class Clip(NamedTuple):
     video_id: the clip's name in reports. index: its position in the dataset.
     waveform: (N,) float32 at 16 kHz, in [-1, 1]. frame: (3, H, W) uint8, RGB.
     label: class number, the first of its labels; -1 when unknown. classes: the numbers of all.
+
+    With several frames n of one clip and all its sound (`data.pairs`): frame is (n, 3, H, W),
+    numbers which frames of the clip they are, times when each is shown, seconds from the
+    waveform's start; (n,) both.
     """
 
     video_id: str
@@ -33,6 +37,8 @@ class Clip(NamedTuple):
     frame: Tensor
     label: int
     classes: tuple[int, ...] = ()
+    numbers: NDArray[np.int64] | None = None
+    times: NDArray[np.float64] | None = None
 
 
 class ClipFrames(NamedTuple):

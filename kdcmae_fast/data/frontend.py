@@ -9,7 +9,9 @@ from kdcmae_fast.batch import Batch
 from kdcmae_fast.config import DataConfig, ModelConfig
 from kdcmae_fast.data.augment import Augment, add_noise_and_roll, mask_bands, mix_up
 from kdcmae_fast.data.bad import BadClip
-from kdcmae_fast.data.fbank import kaldi_fbank
+from kdcmae_fast.data.clip import CLIP_ROWS, FRAME_LENGTH, FRAME_SHIFT
+from kdcmae_fast.data.fbank import kaldi_fbank, num_fbank_frames
+from kdcmae_fast.data.segments import segment_starts, take_segments, timed_segment_starts
 
 
 class RawBatch(NamedTuple):
@@ -20,6 +22,10 @@ class RawBatch(NamedTuple):
     labels: (B,) int64, -1 unknown. bad: the clips that had to be replaced, in the order tried.
     classes: (B, K) int64, all labels of each clip, filled up with -1.
     augment: what FrontEnd is to do to the clips; None: nothing.
+
+    With n frames of each clip (CAV-MAE Sync) waveforms are whole clips and frames (B, n, 3, H, W);
+    numbers: (B, n) int64, which of the clip's frames they are. times: (B, n) float64, seconds from
+    the waveform's start.
     """
 
     waveforms: Tensor
@@ -30,6 +36,8 @@ class RawBatch(NamedTuple):
     bad: tuple[BadClip, ...] = ()
     classes: Tensor | None = None
     augment: Augment | None = None
+    numbers: Tensor | None = None
+    times: Tensor | None = None
 
 
 class FrontEnd:
@@ -41,6 +49,11 @@ class FrontEnd:
 
     A batch that comes with `augment` is mixed up before the filterbank, masked before the
     normalisation, and gets noise and a roll in time after it, as far as `data` asks for them.
+
+    A batch with n frames of each clip becomes B * n rows, those of a clip side by side: the
+    filterbank of each whole clip is computed once, and every frame gets the `audio_length` rows
+    around its moment (`data.segments`, by `data.time_base`). Masks, noise and roll then concern
+    segments, and are the same for all of a clip.
     """
 
     def __init__(self, data: DataConfig, model: ModelConfig) -> None:
@@ -59,12 +72,50 @@ class FrontEnd:
         waveforms, lengths, frames, sample_ids = (
             tensor.to(target, non_blocking=True) for tensor in raw[:4]
         )
-        if raw.augment is None:
-            return Batch(self.fbank(waveforms, lengths), frames, sample_ids)
-        augment = raw.augment.to(target)
-        if augment.mixed is not None:
+        augment = None if raw.augment is None else raw.augment.to(target)
+        if augment is not None and augment.mixed is not None:
             waveforms, frames = mix_up(waveforms, lengths, frames, augment.mixed)
-        return Batch(self.fbank(waveforms, lengths, augment), frames, sample_ids)
+        if raw.numbers is None or raw.times is None:
+            return Batch(self.fbank(waveforms, lengths, augment), frames, sample_ids)
+        numbers = raw.numbers.to(target, non_blocking=True)
+        times = raw.times.to(target, non_blocking=True)
+        segments = self.segments(waveforms, lengths, numbers, times, augment)
+        # Numbers of their own give the rows of a clip masks of their own.
+        rows = sample_ids[:, None] * self.data.num_frames + numbers
+        return Batch(segments.flatten(0, 1), frames.flatten(0, 1), rows.flatten())
+
+    def segments(
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | None,
+        numbers: Tensor,
+        times: Tensor,
+        augment: Augment | None = None,
+    ) -> Tensor:
+        """The sound around each frame, (B, n, audio_length, num_mel_bins), normalised.
+
+        waveforms: (B, N) at 16 kHz, whole clips. lengths: (B,), None: all N. numbers: (B, n), of
+        data.num_frames. times: (B, n) seconds. augment: of the B clips.
+        """
+        size, found = self.audio_length, num_fbank_frames(waveforms.shape[1])
+        compatible = self.data.time_base == "compatible"
+        num_rows = CLIP_ROWS if compatible else max(size, found)
+        clips = kaldi_fbank(
+            waveforms, lengths, num_mel_bins=self.num_mel_bins, num_rows=num_rows, center=True
+        )
+        if compatible:
+            table = segment_starts(self.data.num_frames, size, num_rows)
+            starts = torch.tensor(table, device=numbers.device)[numbers]
+        else:
+            real = (
+                found
+                if lengths is None
+                else (lengths - FRAME_LENGTH).div(FRAME_SHIFT, rounding_mode="floor") + 1
+            )
+            starts = timed_segment_starts(times, size, real, padded_rows=num_rows)
+        rows = take_segments(clips, starts, size).flatten(0, 1)
+        of_rows = None if augment is None else augment.repeated(numbers.shape[1])
+        return self._finish(rows, of_rows).unflatten(0, numbers.shape)
 
     def fbank(
         self, waveforms: Tensor, lengths: Tensor | None = None, augment: Augment | None = None
@@ -77,6 +128,10 @@ class FrontEnd:
             num_rows=self.audio_length,
             center=True,
         )
+        return self._finish(rows, augment)
+
+    def _finish(self, rows: Tensor, augment: Augment | None) -> Tensor:
+        """Masks, normalisation and noise of (R, audio_length, num_mel_bins), partly in place."""
         if augment is not None:
             mask_bands(rows, augment.draws, self.data.freq_mask, self.data.time_mask)
         rows.sub_(self.data.dataset_mean).div_(self.data.dataset_std)

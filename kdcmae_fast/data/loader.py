@@ -9,11 +9,12 @@ this one arithmetic, so none of them can change which clips a step sees.
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, count, islice
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -31,6 +32,7 @@ from kdcmae_fast.data.bad import BadClip, TooManyBadClips
 from kdcmae_fast.data.clip import AUGMENT_STREAM, Clip, ClipDataset, ClipError, keyed_rng
 from kdcmae_fast.data.frontend import RawBatch
 from kdcmae_fast.data.order import StepOrder
+from kdcmae_fast.data.pairs import read_pairs
 from kdcmae_fast.data.sampling import sampling_weights
 
 MAX_SUBSTITUTES = 50  # clips tried in place of one bad clip before the run stops
@@ -41,11 +43,18 @@ class _Steps(Dataset[RawBatch | str]):
     """Item s is rank `rank`'s RawBatch of micro step s, or the message of a fatal error."""
 
     def __init__(
-        self, dataset: ClipDataset, data: DataConfig, order: StepOrder, size: int, rank: int
+        self,
+        dataset: ClipDataset,
+        data: DataConfig,
+        order: StepOrder,
+        size: int,
+        rank: int,
+        frames_per_clip: int | None,
     ) -> None:
         self.dataset = dataset
         self.data = data
         self.order = order
+        self.frames_per_clip = frames_per_clip
         self.size = size
         self.rank = rank
         self._epoch_order: tuple[int, Tensor] | None = None
@@ -61,6 +70,18 @@ class _Steps(Dataset[RawBatch | str]):
         except TooManyBadClips as error:
             return str(error)
         return collate(clips, tuple(bad), augment)
+
+    def _read(self, index: int, visit: int) -> Clip:
+        if self.frames_per_clip is None:
+            return self.dataset.read(index, visit)
+        return read_pairs(
+            self.dataset,
+            index,
+            visit,
+            seed=self.order.seed,
+            num_frames=self.data.num_frames,
+            frames_per_clip=self.frames_per_clip,
+        )
 
     def _places(self, epoch: int) -> Tensor:
         if self._epoch_order is None or self._epoch_order[0] != epoch:
@@ -95,7 +116,7 @@ class _Steps(Dataset[RawBatch | str]):
         reasons: list[str] = []
         for index in candidates:
             try:
-                return self.dataset.read(index, visit)
+                return self._read(index, visit)
             except ClipError as error:
                 bad.append(BadClip(error.video_id, error.reason))
                 reasons.append(str(error))
@@ -144,8 +165,12 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     start_sample: int = 0,
+    frames_per_clip: int | None = None,
 ) -> Loader:
     """Batches of `micro_batch_size` clips for one rank, in the order fixed by (seed, epoch).
+
+    frames_per_clip: n of the data.num_frames frames of each clip, with all its sound, which
+        FrontEnd cuts into segments (CAV-MAE Sync); None: one frame and the sound of its window.
 
     start_sample: clips all ranks have consumed so far; the stream goes on there. With an equal
     micro_batch_size * world_size it goes on exactly, whatever the number of ranks.
@@ -179,7 +204,7 @@ def make_loader(
     workers = data.num_workers
     return Loader(
         DataLoader(
-            _Steps(dataset, data, order, micro_batch_size, rank),
+            _Steps(dataset, data, order, micro_batch_size, rank, frames_per_clip),
             sampler=_FromStep(start_sample // global_size),
             batch_size=None,
             num_workers=workers,
@@ -207,7 +232,15 @@ def collate(
         bad=bad,
         classes=classes_of(clips),
         augment=augment,
+        numbers=_stacked([clip.numbers for clip in clips]),
+        times=_stacked([clip.times for clip in clips]),
     )
+
+
+def _stacked(columns: Sequence[NDArray[Any] | None]) -> Tensor | None:
+    """(B, n) of one (n,) per clip, or None where clips have none."""
+    rows = [torch.from_numpy(column) for column in columns if column is not None]
+    return torch.stack(rows) if rows else None
 
 
 def _as_is(batch: Any) -> Any:

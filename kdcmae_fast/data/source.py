@@ -2,6 +2,7 @@
 
 from kdcmae_fast.config import DataConfig, ModelConfig
 from kdcmae_fast.data.clip import ClipDataset
+from kdcmae_fast.data.events import EventClips
 from kdcmae_fast.data.folder import VideoFolder
 from kdcmae_fast.data.manifest import ManifestClips
 from kdcmae_fast.data.media import MediaOptions
@@ -24,11 +25,18 @@ def open_dataset(
         raise ValueError(f"seed={seed} must be at least 0")
     heldout = split == "heldout"
     if data.source == "synthetic":
-        return SyntheticClips(
+        seconds = model.audio_length * ROW_SECONDS
+        if data.clip_seconds is not None and data.clip_seconds < seconds:
+            raise ValueError(
+                f"data.clip_seconds={data.clip_seconds}: shorter than the {seconds:g} s of sound "
+                f"that the model takes (audio_length={model.audio_length} rows of 10 ms)"
+            )
+        clips = EventClips if data.events else SyntheticClips
+        return clips(
             HELDOUT_CLIPS if heldout else data.num_clips,
             seed=seed,
             img_size=model.img_size,
-            clip_seconds=model.audio_length * ROW_SECONDS,
+            clip_seconds=data.clip_seconds or seconds,
             num_frames=data.num_frames,
             first=HELDOUT_START if heldout else 0,
         )

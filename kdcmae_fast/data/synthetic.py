@@ -118,6 +118,33 @@ class Scene:
         return pixel_box(SHAPES[self.label], center, self.radius * size, size)
 
 
+def scene_of(
+    draws: NDArray[np.float64],
+    *,
+    other_than: int | None = None,
+    places: tuple[float, float] = (0.3, 0.4),
+) -> Scene:
+    """The scene that 11 numbers in [0, 1) make.
+
+    other_than: a class that it is not. places: where the middle of its path lies, the lowest share
+    of the picture's side and how far beyond.
+    """
+    lowest, highest = np.log(RADIUS)
+    first, width = places
+    label = int(draws[0] * len(SHAPES))
+    if other_than is not None:
+        label = (other_than + 1 + int(draws[0] * (len(SHAPES) - 1))) % len(SHAPES)
+    return Scene(
+        label=label,
+        radius=float(np.exp(lowest + (highest - lowest) * draws[1])),
+        hue=float(MAX_HUE * draws[2]),
+        center=(first + width * float(draws[3]), first + width * float(draws[4])),
+        swing=(0.05 + 0.1 * float(draws[5]), 0.05 + 0.1 * float(draws[6])),
+        rate=(0.1 + 0.4 * float(draws[7]), 0.1 + 0.4 * float(draws[8])),
+        phase=(float(draws[9]), float(draws[10])),
+    )
+
+
 class SyntheticClips:
     """Clips made from (seed, number); the held-out ones are made from other numbers.
 
@@ -160,13 +187,13 @@ class SyntheticClips:
     def read(self, index: int, epoch: int) -> Clip:
         """Clip `index`, with the frame that `epoch` draws."""
         time = self.frame_time(index, epoch)
-        scene = self.truth(index)
         return Clip(
             self.video_id(index),
             index,
-            torch.from_numpy(self._sound(scene, index)),
+            self.waveform(index),
             self.frames(index, [time])[0],
-            scene.label,
+            self.truth(index).label,
+            self.classes(index),
         )
 
     def read_frames(
@@ -181,14 +208,14 @@ class SyntheticClips:
         count = self.num_frames if num_frames is None else num_frames
         numbers = checked_numbers(only, count)
         times = np.asarray(self.frame_times(count))[numbers]
-        scene = self.truth(index)
         return ClipFrames(
             self.video_id(index),
             index,
-            torch.from_numpy(self._sound(scene, index)),
+            self.waveform(index),
             self.frames(index, times.tolist()),
             times,
-            scene.label,
+            self.truth(index).label,
+            self.classes(index),
         )
 
     def frame_times(self, num_frames: int | None = None) -> list[float]:
@@ -203,32 +230,30 @@ class SyntheticClips:
 
     def truth(self, index: int) -> Scene:
         """What clip `index` shows and plays."""
-        draw_ = keyed_rng(self.seed, SCENE_STREAM, self._number(index), 0).random(11)
-        lowest, highest = np.log(RADIUS)
-        return Scene(
-            label=int(draw_[0] * len(SHAPES)),
-            radius=float(np.exp(lowest + (highest - lowest) * draw_[1])),
-            hue=float(MAX_HUE * draw_[2]),
-            center=(0.3 + 0.4 * float(draw_[3]), 0.3 + 0.4 * float(draw_[4])),
-            swing=(0.05 + 0.1 * float(draw_[5]), 0.05 + 0.1 * float(draw_[6])),
-            rate=(0.1 + 0.4 * float(draw_[7]), 0.1 + 0.4 * float(draw_[8])),
-            phase=(float(draw_[9]), float(draw_[10])),
-        )
+        return scene_of(keyed_rng(self.seed, SCENE_STREAM, self._number(index), 0).random(11))
+
+    def classes(self, index: int) -> tuple[int, ...]:
+        """Class numbers beside the label's; none here."""
+        return ()
+
+    def scenes_at(self, index: int, times: list[float]) -> list[Scene]:
+        """What is shown at each of `times` in seconds."""
+        return [self.truth(index)] * len(times)
 
     def waveform(self, index: int) -> Tensor:
         """(N,) float32 at 16 kHz, the sound of clip `index`."""
-        return torch.from_numpy(self._sound(self.truth(index), index))
+        return torch.from_numpy(self._sound(index))
 
     def frames(self, index: int, times: Sequence[float]) -> Tensor:
         """(len(times), 3, H, W) uint8: clip `index` at each of `times` in seconds."""
-        scene = self.truth(index)
+        scenes = self.scenes_at(index, list(times))
         rng = keyed_rng(self.seed, SCENE_STREAM, self._number(index), 1)
         backdrop = _backdrop(rng, self.img_size)
         silent = rng.random((int(rng.integers(2, 5)), 9))
-        color = np.array(colorsys.hsv_to_rgb(scene.hue, 0.95, 1.0), dtype=np.float32)
         size = self.img_size
         pictures = np.empty((len(times), size, size, 3), dtype=np.uint8)
-        for picture, time in zip(pictures, times, strict=True):
+        for picture, time, scene in zip(pictures, times, scenes, strict=True):
+            color = np.array(colorsys.hsv_to_rgb(scene.hue, 0.95, 1.0), dtype=np.float32)
             canvas = backdrop.copy()
             for kind, radius, grey, cx, cy, sx, sy, rate, phase in silent:
                 turn = np.sin(2 * np.pi * (0.5 * rate * time + phase))
@@ -252,18 +277,29 @@ class SyntheticClips:
             raise IndexError(f"clip {index} of {self.num_clips}")
         return self.first + index
 
-    def _sound(self, scene: Scene, index: int) -> NDArray[np.float32]:
-        """Wavetable synthesis: pitch and level are set every 10 ms and run straight between."""
-        knots = np.arange(0, self.num_samples + FRAME_SHIFT, FRAME_SHIFT) / SAMPLE_RATE
+    def _sound(self, index: int) -> NDArray[np.float32]:
         turn = keyed_rng(self.seed, SCENE_STREAM, self._number(index), 2).random()
+        return self._play(self.truth(index), turn, self.num_samples)
+
+    @staticmethod
+    def _play(
+        scene: Scene, turn: float, num_samples: int, start: float = 0.0, *, tremolo: bool = True
+    ) -> NDArray[np.float32]:
+        """Wavetable synthesis: pitch and level are set every 10 ms and run straight between.
+
+        turn: where in a period the wave begins. start: seconds, of the first sample.
+        """
+        knots = start + np.arange(0, num_samples + FRAME_SHIFT, FRAME_SHIFT) / SAMPLE_RATE
         pitch = scene.pitch(knots)
-        ramp = _ramp(pitch * (_TABLE / _CYCLES / SAMPLE_RATE), self.num_samples)
+        ramp = _ramp(pitch * (_TABLE / _CYCLES / SAMPLE_RATE), num_samples)
         place = (np.cumsum(ramp, dtype=np.float64) + turn * _TABLE).astype(np.int64)
         place &= _TABLE - 1
         sound = _wavetable(scene.label, float(pitch.max())).take(place)
-        sound += np.resize(_hum(), self.num_samples)
-        sound *= _ramp(scene.level(knots), self.num_samples)
-        beat = np.arange(self.num_samples, dtype=np.float32)
+        sound += np.resize(_hum(), num_samples)
+        sound *= _ramp(scene.level(knots), num_samples)
+        if not tremolo:
+            return sound
+        beat = np.arange(num_samples, dtype=np.float32)
         beat *= np.float32(2 * np.pi * scene.tremolo / SAMPLE_RATE)
         np.cos(beat, out=beat)
         beat *= TREMOLO_DEPTH / 2

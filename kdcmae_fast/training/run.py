@@ -136,6 +136,7 @@ def batches_of(run: Run) -> Generator[RawBatch, None, None]:
         rank=run.world.rank,
         world_size=run.world.size,
         start_sample=run.first_step * run.length.samples_per_step,
+        frames_per_clip=run.config.model.frames_per_clip if run.config.pairs_frames else None,
     )
     batches = iter(loader)
     with shielded_children():  # the first batch starts the workers

@@ -1,0 +1,51 @@
+"""Several frames of a clip, each to be paired with the sound around it (CAV-MAE Sync)."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcmae_fast.data.clip import FRAME_STREAM, Clip, ClipDataset, ClipError, keyed_rng
+
+DRAW = 1  # last word of the key, so that the draw is not that of a long video's window
+
+
+def drawn_frames(
+    index: int, epoch: int, *, seed: int, num_frames: int, frames_per_clip: int
+) -> NDArray[np.int64]:
+    """The n = frames_per_clip distinct frames of num_frames that `epoch` takes of clip `index`.
+
+    In random order; with fewer of them they are the first of those with more.
+    """
+    rng = keyed_rng(seed, FRAME_STREAM, epoch, index, DRAW)
+    return rng.permutation(num_frames)[:frames_per_clip]
+
+
+def read_pairs(
+    dataset: ClipDataset,
+    index: int,
+    epoch: int,
+    *,
+    seed: int,
+    num_frames: int,
+    frames_per_clip: int,
+) -> Clip:
+    """All sound of clip `index`, read once, and the frames of it that `epoch` draws.
+
+    ClipError when the clip cannot be used, also for one with fewer than num_frames frames.
+    """
+    numbers = drawn_frames(
+        index, epoch, seed=seed, num_frames=num_frames, frames_per_clip=frames_per_clip
+    )
+    try:
+        clip = dataset.read_frames(index, num_frames, only=numbers.tolist(), epoch=epoch)
+    except ValueError as error:
+        raise ClipError(dataset.video_id(index), str(error)) from error
+    return Clip(
+        clip.video_id,
+        index,
+        clip.waveform,
+        clip.frames,
+        clip.label,
+        clip.classes,
+        numbers,
+        clip.times,
+    )
