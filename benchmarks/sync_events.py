@@ -1,0 +1,215 @@
+"""CAV-MAE Sync against CAV-MAE on clips of sub-second events: frames to sound, and shifted sound.
+
+    python benchmarks/sync_events.py                      # trains both, about half an hour
+    python benchmarks/sync_events.py --evaluate runs/sync_events   # what was trained before
+
+Both are trained from configs/sync_events.yaml and configs/cav_mae_events.yaml for as many frames and
+compared on held-out clips; docs/sync.md says how. One row of figures goes to
+benchmarks/results/sync-events-<date>.json.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIFT_SECONDS = 1.0
+SEGMENT_ROWS = 32  # of sound around each frame, for both models
+# Clips of a micro batch: 16 clips of 4 frames are as many rows as 64 clips of one.
+RUNS = {"cav_mae_sync": ("sync_events.yaml", 16), "cav_mae": ("cav_mae_events.yaml", 64)}
+
+
+class Clips(NamedTuple):
+    """N held-out clips of T frames. waveforms (N, S), frames (N, T, 3, H, W), times (N, T)."""
+
+    waveforms: Tensor
+    frames: Tensor
+    times: Tensor
+
+
+def train(folder: Path, steps: int) -> dict[str, float]:
+    """Trains what is not there yet; seconds of each."""
+    seconds = {}
+    for name, (recipe, clips) in RUNS.items():
+        if (folder / name / "model").is_dir():
+            continue
+        started = time.perf_counter()
+        command = [
+            sys.executable, str(ROOT / "kdcmae_fast" / "pretrain.py"),
+            "--ds_config", str(ROOT / "configs" / "zero2.json"),
+            "--recipe", str(ROOT / "configs" / recipe), "--output", str(folder / name),
+            f"train.steps={steps}", "ds.bf16.enabled=false",
+            f"ds.train_micro_batch_size_per_gpu={clips}",
+        ]  # fmt: skip
+        subprocess.run(command, check=True)
+        seconds[name] = round(time.perf_counter() - started)
+    return seconds
+
+
+def read_heldout(folder: Path, num_clips: int) -> Clips:
+    """Clips that neither model was trained on, the same for both."""
+    from kdcmae_fast.evaluation.source import EvaluationSource, open_source
+
+    opened = open_source(EvaluationSource(checkpoint=str(folder / "cav_mae_sync")))
+    clips = [opened.dataset.read_frames(index) for index in range(num_clips)]
+    return Clips(
+        torch.stack([clip.waveform for clip in clips]),
+        torch.stack([clip.frames for clip in clips]),
+        torch.stack([torch.from_numpy(clip.times) for clip in clips]),
+    )
+
+
+class Encoded:
+    """A model that gives a feature to every frame and to the sound around it.
+
+    sound: "segments" (CAV-MAE Sync), or of CAV-MAE "whole" (the clip's one feature for all its
+    frames), "span" (mean over those tokens of the clip that lie in the segment) or "alone" (the
+    segment at its place in an otherwise empty clip).
+    """
+
+    def __init__(self, folder: Path, sound: str) -> None:
+        from kdcmae_fast.data import FrontEnd
+        from kdcmae_fast.evaluation.source import EvaluationSource, open_source
+
+        opened = open_source(EvaluationSource(checkpoint=str(folder), device="cpu"))
+        self.model, self.data, self.sound = opened.model, opened.data, sound
+        self.front_end = FrontEnd(opened.data, opened.model.config)
+
+    @torch.inference_mode()
+    def video(self, frames: Tensor) -> Tensor:
+        """(N, T, 3, H, W) -> (N, T, D)."""
+        return torch.stack([self.model.encode(frames=some).video for some in frames])
+
+    @torch.inference_mode()
+    def audio(self, waveforms: Tensor, times: Tensor) -> Tensor:
+        """(N, S) and (N, T) seconds -> (N, T, D)."""
+        parts = zip(waveforms.split(8), times.split(8), strict=True)
+        return torch.cat([self._audio(*part) for part in parts])
+
+    def _audio(self, waveforms: Tensor, times: Tensor) -> Tensor:
+        from kdcmae_fast.data.segments import timed_segment_starts
+
+        numbers = torch.arange(times.shape[1]).expand(times.shape)
+        if self.sound == "segments":
+            rows = self.front_end.segments(waveforms, None, numbers, times)
+            return self.model.encode(fbank=rows.flatten(0, 1)).audio.unflatten(0, times.shape)
+        fbank = self.front_end.fbank(waveforms)
+        if self.sound == "whole":
+            return self.model.encode(fbank=fbank).audio[:, None].expand(-1, times.shape[1], -1)
+        starts = timed_segment_starts(times, SEGMENT_ROWS, fbank.shape[1])[..., None]
+        if self.sound == "span":
+            tokens = self.model.encode(fbank=fbank).audio_tokens.unflatten(1, (8, -1)).mean(1)
+            first = torch.arange(tokens.shape[1]) * 16
+            inside = (first + 16 > starts) & (first < starts + SEGMENT_ROWS)
+            return inside.float() @ tokens / inside.sum(2, keepdim=True)
+        row = torch.arange(fbank.shape[1])
+        inside = (row >= starts) & (row < starts + SEGMENT_ROWS)
+        empty = -self.data.dataset_mean / self.data.dataset_std
+        alone = torch.where(inside[..., None], fbank[:, None], empty)
+        return torch.stack([self.model.encode(fbank=some).audio for some in alone])
+
+
+def frame_retrieval(audio: Tensor, video: Tensor) -> dict[str, float]:
+    """Each frame against the segments of all clips, and against those of its own clip."""
+    from kdcmae_fast.evaluation.ranking import retrieval_scores
+
+    clips, frames = video.shape[:2]
+    scores = retrieval_scores(audio.flatten(0, 1), video.flatten(0, 1), ties="average")
+    found = scores.video_to_audio
+    own = [retrieval_scores(a, v, ties="average").video_to_audio for a, v in zip(audio, video)]
+    return {
+        **{f"R@{k}": share for k, share in found.recall.items()},
+        "median_rank": found.median_rank,
+        "candidates": clips * frames,
+        "own_clip_R@1": sum(score.recall[1] for score in own) / clips,
+        "own_clip_mrr": sum(score.mrr for score in own) / clips,
+        "own_clip_candidates": frames,
+    }
+
+
+def found_shifts(encoded: Encoded, clips: Clips, video: Tensor) -> dict[str, float]:
+    """Share of clips whose shift of the sound is found exactly, in frames; +1 s: the sound leads."""
+    from kdcmae_fast.evaluation.offset import best_offsets
+
+    step = float(clips.times[0, 1] - clips.times[0, 0])
+    shift, samples = round(SHIFT_SECONDS / step), round(SHIFT_SECONDS * 16_000)
+    frames = clips.times.shape[1] - shift
+    shares = {}
+    for name, true, first, cut in (
+        ("sound 1 s early", shift, 0, slice(samples, None)),
+        ("sound 1 s late", -shift, shift, slice(0, -samples)),
+        ("not shifted", 0, 0, slice(0, -samples)),
+    ):
+        shown = slice(first, first + frames)
+        times = clips.times[:, :frames]  # of the part's own clock
+        audio = encoded.audio(clips.waveforms[:, cut], times)
+        a, v = (torch.nn.functional.normalize(x, dim=2) for x in (audio, video[:, shown]))
+        found = best_offsets(a @ v.mT).offset
+        shares[name] = float((found == true).float().mean())
+    return shares
+
+
+def evaluate(folder: Path, num_clips: int) -> dict[str, dict[str, object]]:
+    """All figures, by model and by what stands for a segment."""
+    clips = read_heldout(folder, num_clips)
+    figures: dict[str, dict[str, object]] = {}
+    for label, name, sound in (
+        ("CAV-MAE Sync", "cav_mae_sync", "segments"),
+        ("CAV-MAE, whole clip", "cav_mae", "whole"),
+        ("CAV-MAE, the segment's tokens", "cav_mae", "span"),
+        ("CAV-MAE, the segment alone", "cav_mae", "alone"),
+    ):
+        encoded = Encoded(folder / name, sound)
+        video = encoded.video(clips.frames)
+        figures[label] = {
+            "retrieval": frame_retrieval(encoded.audio(clips.waveforms, clips.times), video),
+            "shift_found": found_shifts(encoded, clips, video),
+        }
+        print(label, json.dumps(figures[label]), flush=True)
+    return figures
+
+
+def main() -> None:
+    """Trains what is missing, evaluates, writes the row."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--runs", type=Path, default=Path("runs/sync_events"), help="folder of the two runs")
+    add("--steps", type=int, default=1500, help="optimizer steps; default %(default)s")
+    add("--clips", type=int, default=100, help="held-out clips; default %(default)s")
+    add("--evaluate", action="store_true", help="only what was trained before; writes no row")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    seconds = {} if options.evaluate else train(options.runs, options.steps)
+    figures = evaluate(options.runs, options.clips)
+    if options.evaluate:
+        return
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
+    row = {
+        "what": "benchmarks/sync_events.py",
+        "device": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip(),
+        "steps": options.steps,
+        "frames_in_a_step": 64,
+        "heldout_clips": options.clips,
+        "training_seconds": seconds,
+        "figures": figures,
+    }
+    file = ROOT / "benchmarks" / "results" / f"sync-events-{datetime.date.today()}.json"
+    file.write_text(json.dumps(row, indent=1) + "\n")
+    print(file)
+
+
+if __name__ == "__main__":
+    main()
