@@ -1,7 +1,8 @@
 """The CAV-MAE (arXiv 2210.07839) layout: a JSON list of clips, a label CSV, frames as JPEG files.
 
 The JSON is {"data": [{"video_id", "wav", "video_path", "labels"}, ...]}; frame k of a clip is
-`<video_path>/frame_<k>/<video_id>.jpg`, the first picture of the k-th of `num_frames` equal parts;
+`<video_path>/frame_<k>/<video_id>.jpg`, the first picture of the k-th of `num_frames` equal parts,
+or what is shown at `frame_times`[k] seconds if an entry has that list, as `kdcmae prepare` writes;
 `labels` are comma-separated class ids ("mids") that the CSV (index,mid,display_name) numbers.
 """
 
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kdcmae_fast.data.clip import (
     FRAME_STREAM,
@@ -36,12 +38,17 @@ PLACEHOLDER = re.compile(r"<[^<>/]*>")  # as in "<YOUR_PATH>/audio/x.wav"
 
 
 class Entry(NamedTuple):
-    """One clip of the list. classes: numbers of all its labels, () where they were not read."""
+    """One clip of the list.
+
+    classes: numbers of all its labels, () where they were not read. frame_times: (T,) float32, when
+    each frame is shown, seconds from the sound's start; None where the list does not say.
+    """
 
     video_id: str
     wav: str
     video_path: str
     classes: tuple[int, ...]
+    frame_times: NDArray[np.float32] | None = None
 
     @property
     def label(self) -> int:
@@ -94,34 +101,41 @@ class ManifestClips:
     ) -> ClipFrames:
         """All sound and frames of clip `index`; see ClipDataset.
 
-        num_frames: None is data.num_frames. Frame k of n in the folders is taken to be shown at
-        k / n of the sound, as CAV-MAE's preparation cuts them.
+        num_frames: None is data.num_frames. Where the list has no `frame_times`, frame k of n in
+        the folders is taken to be shown at k / n of the sound, as CAV-MAE's preparation cuts them.
         """
         entry = self.entries[index]
         count = self.options.num_frames if num_frames is None else num_frames
         try:
-            stored = self._stored(entry, count)
+            stored = self.stored_frames(index)
+            if stored == 0 or (stored < count and self._others_have(entry, count)):
+                path = self._frame_path(entry, stored)
+                raise MediaError(f"{path}: No such file or directory", "missing")
             numbers = pick_frames(count, only, stored, f"{entry.video_path}, {entry.video_id}")
             waveform, _, duration = read_sound(entry.wav, self.options, None)
             paths = [self._frame_path(entry, k) for k in numbers]
             frames = torch.stack([read_picture(path, self.options.img_size) for path in paths])
         except MediaError as error:
             raise ClipError(entry.video_id, str(error)) from error
-        times = np.asarray(numbers * (duration / stored), dtype=np.float64)
+        if entry.frame_times is None:
+            times = np.arange(stored, dtype=np.float64) * np.float64(duration / stored)
+        else:
+            times = entry.frame_times.astype(np.float64)
         return ClipFrames(
-            entry.video_id, index, waveform, frames, times, entry.label, entry.classes
+            entry.video_id, index, waveform, frames, times[numbers], entry.label, entry.classes
         )
 
-    def _stored(self, entry: Entry, wanted: int) -> int:
-        """Frames there are of a clip; MediaError when it has fewer than others beside it."""
-        stored = 0
-        while os.path.exists(self._frame_path(entry, stored)):
-            stored += 1
-        if stored == 0 or (
-            stored < wanted and os.path.isdir(f"{entry.video_path}/frame_{wanted - 1}")
-        ):
-            raise MediaError(f"{self._frame_path(entry, stored)}: No such file", "missing")
-        return stored
+    def stored_frames(self, index: int) -> int:
+        """How many frames of clip `index` there are, from frame_0 on without a gap."""
+        entry, count = self.entries[index], 0
+        while os.path.exists(self._frame_path(entry, count)):
+            count += 1
+        return count if entry.frame_times is None else min(count, len(entry.frame_times))
+
+    @staticmethod
+    def _others_have(entry: Entry, count: int) -> bool:
+        """Whether there are `count` frames of other clips beside this one's."""
+        return os.path.isdir(f"{entry.video_path}/frame_{count - 1}")
 
     @staticmethod
     def _frame_path(entry: Entry, k: int) -> str:
@@ -194,4 +208,15 @@ def _entry(where: str, row: object, classes: dict[str, int] | None) -> Entry:
                 f"{where} ({row['video_id']}): label {mids[0]!r} is not in the label CSV"
             )
         numbers = tuple(classes[mid] for mid in mids if mid in classes)
-    return Entry(row["video_id"], row["wav"], row["video_path"].rstrip("/"), numbers)
+    times = _frame_times(where, row["frame_times"]) if "frame_times" in row else None
+    return Entry(row["video_id"], row["wav"], row["video_path"].rstrip("/"), numbers, times)
+
+
+def _frame_times(where: str, values: object) -> NDArray[np.float32]:
+    if not isinstance(values, list) or not values or not all(map(_is_time, values)):
+        raise ValueError(f"{where}: 'frame_times' must be a list of seconds, got {values!r}")
+    return np.asarray(values, dtype=np.float32)
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0

@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 from kdcmae_fast.data.clip import FRAME_STREAM, Clip, ClipDataset, ClipError, keyed_rng
 
+LOOKED_AT = 20  # clips, before a run starts
 DRAW = 1  # last word of the key, so that the draw is not that of a long video's window
 
 
@@ -49,3 +50,22 @@ def read_pairs(
         numbers,
         clip.times,
     )
+
+
+def check_stored_frames(dataset: ClipDataset, num_frames: int) -> None:
+    """ValueError when the first clips have fewer than num_frames frames; before work starts.
+
+    Clips without any are left to the count of bad clips. Videos and synthetic clips have any
+    number.
+    """
+    count = getattr(dataset, "stored_frames", None)
+    if count is None:
+        return
+    stored = max(count(index) for index in range(min(LOOKED_AT, len(dataset))))
+    if 0 < stored < num_frames:
+        layout = ", as CAV-MAE's preparation makes them" if stored == 10 else ""
+        raise ValueError(
+            f"data.num_frames={num_frames}: the clips have {stored} frames{layout}; set "
+            f"data.num_frames={stored}, or extract {num_frames} from the videos: kdcmae prepare "
+            f"VIDEOS --output DIR --preset cav_mae_sync --num-frames {num_frames}"
+        )

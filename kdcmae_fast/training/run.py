@@ -20,6 +20,7 @@ from kdcmae_fast.data import (
     make_loader,
     open_dataset,
 )
+from kdcmae_fast.data.pairs import check_stored_frames
 from kdcmae_fast.kernels.attention.backends import problem
 from kdcmae_fast.kernels.attention.op import HALF_ONLY
 from kdcmae_fast.training import checkpoint, deepspeed_config, report, run_folder
@@ -59,6 +60,8 @@ def prepare(
     if start is not None:
         run_folder.check_same_run(output, config)
     dataset = open_dataset(config.data, config.model, seed=config.train.seed)
+    if config.pairs_frames:
+        check_stored_frames(dataset, config.data.num_frames)
     length = run_length(
         config.train,
         num_clips=len(dataset),

@@ -181,8 +181,11 @@ def test_zoo_to_the_cav_mae_layout_to_batches(zoo, tmp_path):
     assert prepare(folder, "--output", root, *layout, *SMALL) == 0
     check_zoo_report(root, expected)
     entries = json.loads((root / "train.json").read_text())["data"]
+    times_of = {entry["video_id"]: entry["frame_times"] for entry in entries}
     assert len(entries) == sum(not reason for reason in expected.values())
     for entry in entries:
+        times = entry.pop("frame_times")
+        assert len(times) == 16 and times == sorted(times)
         assert set(entry) == {"video_id", "wav", "video_path", "labels"}
         assert all(isinstance(value, str) and value for value in entry.values())
         assert Path(entry["wav"]).is_absolute() and Path(entry["wav"]).is_file()
@@ -199,6 +202,10 @@ def test_zoo_to_the_cav_mae_layout_to_batches(zoo, tmp_path):
         num_workers=0,
     )
     assert take_batches(data)
+    clips = open_dataset(data, MODEL, seed=0)
+    clip = clips.read_frames(0)  # from the first to the last frame, as they were shown
+    assert clip.times.tolist() == pytest.approx(times_of[clip.video_id], abs=1e-6)
+    assert clip.times[-1] > 14.5 / 16 * len(clip.waveform) / 16_000
 
     again = tmp_path / "shards"  # the layout is itself a source
     manifest = root / "train.json"

@@ -1,6 +1,7 @@
 """The CAV-MAE layout: frame_<k>/<name>.jpg, audio/<name>.wav, train.json and labels.csv.
 
-    DIR/train.json           {"data": [{"video_id", "wav", "video_path", "labels"}, ...]}
+    DIR/train.json           {"data": [{"video_id", "wav", "video_path", "labels", "frame_times"},
+                             ...]}; published code does not look at the last one
     DIR/units/000000.jsonl   one line for each input of a unit, as a shard's index; written last
 
 `video_id` in train.json is the safe file name; the unit's line has the id as well.
@@ -83,6 +84,7 @@ def write_list(root: Path, lines: Iterable[dict[str, Any]], settings: PrepareSet
             "wav": f"{home}/audio/{line['name']}.{settings.sound}",
             "video_path": home,
             "labels": ",".join(line["labels"]) or UNLABELLED,
+            "frame_times": line["frame_times"],
         }
         for line in lines
         if "skipped" not in line

@@ -138,6 +138,10 @@ class ShardClips:
         label = classes[0] if classes else -1
         return ClipFrames(row.id, index, waveform, frames, times, label, classes)
 
+    def stored_frames(self, index: int) -> int:
+        """How many frames of clip `index` there are."""
+        return len(self._find(index)[1].frames)
+
     def label_sets(self) -> Iterator[tuple[str, ...]]:
         """The labels of every clip, as they were prepared; reads every shard's index."""
         for name in self.names:
