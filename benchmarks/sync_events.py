@@ -141,7 +141,7 @@ def _ranks(similarity: Tensor) -> Tensor:
 def _recall(ranks: Tensor, k: int) -> float:
     """Share of queries whose own is among the first k, equals in random order."""
     above, equal = ranks.unbind(1)
-    return float(((k - above).clamp(min=0).minimum(equal) / equal).mean())
+    return round(float(((k - above).clamp(min=0).minimum(equal) / equal).mean()), 4)
 
 
 def found_shifts(encoded: Encoded, clips: Clips, video: Tensor) -> dict[str, float]:
@@ -162,7 +162,7 @@ def found_shifts(encoded: Encoded, clips: Clips, video: Tensor) -> dict[str, flo
         audio = encoded.audio(clips.waveforms[:, cut], times)
         a, v = (torch.nn.functional.normalize(x, dim=2) for x in (audio, video[:, shown]))
         found = best_offsets(a @ v.mT).offset
-        shares[name] = float((found == true).float().mean())
+        shares[name] = round(float((found == true).float().mean()), 4)
     return shares
 
 
