@@ -49,8 +49,10 @@ def train(folder: Path) -> None:
 
 
 def last_record(run: Path) -> dict[str, float]:
-    """The last line of a run's log, its losses among others."""
-    return json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    """Step, samples and losses of the last line of a run's log."""
+    record = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    names = ("step", "samples", "total", "mae_audio", "mae_video", "contrastive")
+    return {name: round(record[name], 4) for name in names}
 
 
 def read_heldout(folder: Path, num_clips: int) -> Clips:
@@ -182,8 +184,23 @@ def evaluate(folder: Path, num_clips: int) -> dict[str, dict[str, object]]:
             "retrieval": frame_retrieval(encoded.audio(clips.waveforms, clips.times), video),
             "shift_found": found_shifts(encoded, clips, video),
         }
-        print(label, json.dumps(figures[label]), flush=True)
     return figures
+
+
+def table(figures: dict[str, dict[str, object]]) -> str:
+    """The figures as docs/sync.md shows them."""
+    lines = [
+        "| sound of a frame | all: R@1 | R@10 | median rank | own clip: R@1 | shift: early | late |"
+    ]
+    lines.append("|" + " --- |" * 7)
+    for label, row in figures.items():
+        found, shifts = row["retrieval"], row["shift_found"]
+        shares = [found["R@1"], found["R@10"], found["own_clip_R@1"]]
+        shares += [shifts["sound 1 s early"], shifts["sound 1 s late"]]
+        cells = [f"{share:.1%}" for share in shares]
+        cells.insert(2, f"{found['median_rank']:.0f}")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -198,6 +215,7 @@ def main() -> None:
     if not options.evaluate:
         train(options.runs)
     figures = evaluate(options.runs, options.clips)
+    print(table(figures))
     if options.evaluate:
         return
     from bench_environment import cpu_name
@@ -210,9 +228,8 @@ def main() -> None:
         "device": cpu_name(),
         "torch": torch.__version__,
         "commit": commit.stdout.strip(),
-        "steps": {name: last_record(options.runs / name)["step"] for name in RUNS},
         "frames_in_a_step": FRAMES_IN_A_STEP,
-        "last_losses": {name: last_record(options.runs / name) for name in RUNS},
+        "trained": {name: last_record(options.runs / name) for name in RUNS},
         "heldout_clips": options.clips,
         "figures": figures,
     }
