@@ -228,9 +228,8 @@ class DataConfig:
     clip_seconds: float | None = None  # synthetic: length; None: model.audio_length rows
     events: bool = False  # synthetic: another object sounds every 0.3 to 0.8 s
     num_frames: int = 10  # frames per clip to choose from
-    # cav_mae_sync: which rows of a clip's sound are a frame's. true: those around the time it is
-    # shown at; compatible: as published, frame i of T around row i * 1024 / T.
-    time_base: Literal["true", "compatible"] = "true"
+    # cav_mae_sync. compatible: as published, frame i of T around row i * 1024 / T of the sound.
+    time_base: Literal["true", "compatible"] = "true"  # true: around the time it is shown at
     dataset_mean: float = -5.081  # fbank normalisation (AudioSet), natural-log units
     dataset_std: float = 4.4849
     channel: Literal["first", "mean"] = "first"  # of multi-channel audio
@@ -341,9 +340,11 @@ class RunConfig:
             frames <= stored,
             f"model.frames_per_clip={frames}: a clip has data.num_frames={stored} frames",
         )
+        rows = self.model.audio_length
+        _require(rows % 16 == 0, f"model.audio_length={rows}: expected a multiple of 16 rows")
         _require(
-            self.data.time_base == "true" or self.model.audio_length <= 1024,
-            f"model.audio_length={self.model.audio_length}: longer than the 1024 rows that "
+            self.data.time_base == "true" or rows <= 1024,
+            f"model.audio_length={rows}: longer than the 1024 rows that "
             "data.time_base=compatible cuts segments from",
         )
 

@@ -70,6 +70,10 @@ class ClipError(Exception):
         return f"{self.video_id}: {self.reason}"
 
 
+class TooFewFrames(ValueError):
+    """A clip has fewer frames than are asked for; the message has both numbers."""
+
+
 class ClipDataset(Protocol):
     """Clips by number. `read` is a function of (seed, epoch, index) only.
 
@@ -97,7 +101,7 @@ class ClipDataset(Protocol):
         """All sound of clip `index`, and T = num_frames of its frames, evenly over the clip.
 
         num_frames: None takes all there are, of clips that are not stored as frames
-            data.num_frames. ValueError naming both numbers for more than there are.
+            data.num_frames. TooFewFrames, a ValueError, for more than there are.
         only: read just these of the T frames (0 ... T - 1).
         epoch: of videos longer than a clip, the window that this epoch sees; None: the start.
 
@@ -112,11 +116,11 @@ def pick_frames(
     """Which of `stored` frames a clip's T = num_frames are: the first of each of T equal parts.
 
     num_frames: None is all. only: keep just these of the T. where: what the error calls the clip.
-    Raises ValueError for more frames than there are, and for numbers that `only` cannot have.
+    Raises TooFewFrames, and ValueError for numbers that `only` cannot have.
     """
     count = stored if num_frames is None else num_frames
     if count > stored:
-        raise ValueError(
+        raise TooFewFrames(
             f"num_frames={count}: {where} has {stored} frames; set data.num_frames={stored}, or "
             f"extract {count} (`kdcmae prepare --num-frames {count}`)"
         )

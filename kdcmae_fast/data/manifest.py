@@ -107,7 +107,7 @@ class ManifestClips:
         entry = self.entries[index]
         count = self.options.num_frames if num_frames is None else num_frames
         try:
-            stored = self.stored_frames(index)
+            stored = self.stored_frames(index, count)
             if stored == 0 or (stored < count and self._others_have(entry, count)):
                 path = self._frame_path(entry, stored)
                 raise MediaError(f"{path}: No such file or directory", "missing")
@@ -125,11 +125,20 @@ class ManifestClips:
             entry.video_id, index, waveform, frames, times[numbers], entry.label, entry.classes
         )
 
-    def stored_frames(self, index: int) -> int:
-        """How many frames of clip `index` there are, from frame_0 on without a gap."""
-        entry, count = self.entries[index], 0
-        while os.path.exists(self._frame_path(entry, count)):
-            count += 1
+    def stored_frames(self, index: int, expected: int = 0) -> int:
+        """How many frames of clip `index` there are, from frame_0 on without a gap.
+
+        expected: where just so many seem to be there, they are not counted one by one.
+        """
+        entry, count = self.entries[index], expected
+
+        def there(k: int) -> bool:
+            return os.path.exists(self._frame_path(entry, k))
+
+        if not expected or not there(expected - 1) or there(expected):
+            count = 0
+            while there(count):
+                count += 1
         return count if entry.frame_times is None else min(count, len(entry.frame_times))
 
     @staticmethod

@@ -3,7 +3,14 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcmae_fast.data.clip import FRAME_STREAM, Clip, ClipDataset, ClipError, keyed_rng
+from kdcmae_fast.data.clip import (
+    FRAME_STREAM,
+    Clip,
+    ClipDataset,
+    ClipError,
+    TooFewFrames,
+    keyed_rng,
+)
 
 LOOKED_AT = 20  # clips, before a run starts
 DRAW = 1  # last word of the key, so that the draw is not that of a long video's window
@@ -38,7 +45,7 @@ def read_pairs(
     )
     try:
         clip = dataset.read_frames(index, num_frames, only=numbers.tolist(), epoch=epoch)
-    except ValueError as error:
+    except TooFewFrames as error:
         raise ClipError(dataset.video_id(index), str(error)) from error
     return Clip(
         clip.video_id,

@@ -194,6 +194,8 @@ def test_a_clip_with_too_few_frames_is_a_bad_clip(tree, tmp_path):
     ("arguments", "message"),
     [
         (["model.audio_length=100"], r"audio_length=100: expected a multiple of patch_size=16"),
+        (["model.audio_length=40", "model.patch_size=8"],
+         r"model.audio_length=40: expected a multiple of 16 rows"),
         (["model.audio_length=1040", "data.time_base=compatible"],
          r"model.audio_length=1040: longer than the 1024 rows"),
         (["model.frames_per_clip=11"], r"frames_per_clip=11: a clip has data.num_frames=10 frames"),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from kdcmae_fast.cli import main
 from kdcmae_fast.config import DataConfig, ModelConfig
@@ -228,6 +229,9 @@ def test_variable_rate_and_turned_frames_are_as_they_were_shown(zoo, tmp_path):
     assert frames.float().mean((1, 2, 3)).numpy() == pytest.approx(
         np.array([20 + 100 * time for time in want]), abs=4
     )
+    pairs = clips.read_frames(index["variable"], 4, only=[3, 0])  # 0, 4, 8 and 12 of the 16
+    assert pairs.times.tolist() == pytest.approx([want[12], want[0]], abs=1e-3)
+    assert torch.equal(pairs.frames, frames[[12, 0]])
     turned = clips.frames(index["turned"])[0].float()
     assert turned[:, :14].mean() < 0.7 * turned[:, 18:].mean()  # the dark half is on top now
 
