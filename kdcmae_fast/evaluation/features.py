@@ -1,28 +1,34 @@
 """Audio and video features of a dataset's clips, in dataset order."""
 
-from collections import deque
+import contextlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdcmae_fast.config import DataConfig
-from kdcmae_fast.data import BadClip, BadClips, Clip, ClipDataset, ClipError, FrontEnd, RawBatch
-from kdcmae_fast.data.loader import collate
+from kdcmae_fast.data import BadClip, BadClips, ClipDataset, FrontEnd, RawBatch
+from kdcmae_fast.evaluation.clips import TimeBase, collate_frames, encode_frames
+from kdcmae_fast.evaluation.processes import ALONE, Processes
+from kdcmae_fast.evaluation.reading import (
+    check_amounts,
+    read_batches,
+    read_frame_batches,
+    with_bar,
+)
 
 if TYPE_CHECKING:
     from kdcmae_fast.models.cav_mae import CavMae
 
-EVALUATION_EPOCH = 0  # the epoch a dataset is read as: fixes which frame of a clip is taken
-
 
 class ClipFeatures(NamedTuple):
-    """Pooled features of N readable clips, on the CPU in fp32, not normalised.
+    """Features of N readable clips, on the CPU in fp32, not normalised.
 
     video_ids: N names. sample_ids: (N,) int64 positions in the dataset. labels: (N,) int64, -1
-    unknown. audio, video: (N, D). bad: the clips that could not be used, and why.
+    unknown. audio, video: (N, D), pooled; frame by frame video is (N, T, D), and so is audio of a
+    model that hears segments (CAV-MAE Sync). bad: the clips that could not be used, and why.
+    times: (N, T) float64 seconds of the frames from each clip's start; None for pooled features.
     """
 
     video_ids: tuple[str, ...]
@@ -30,7 +36,18 @@ class ClipFeatures(NamedTuple):
     labels: Tensor
     audio: Tensor
     video: Tensor
-    bad: tuple[BadClip, ...]
+    bad: tuple[BadClip, ...] = ()
+    times: Tensor | None = None
+
+
+class _Rows(NamedTuple):
+    """What one batch adds to `ClipFeatures`."""
+
+    sample_ids: Tensor
+    labels: Tensor
+    audio: Tensor
+    video: Tensor
+    times: Tensor | None = None
 
 
 def extract_features(
@@ -41,105 +58,177 @@ def extract_features(
     num_clips: int | None = None,
     batch_size: int = 32,
     progress: bool = False,
+    processes: Processes = ALONE,
 ) -> ClipFeatures:
-    """Encode the first clips of a dataset, unmasked, with `model.encode`.
+    """Encode one frame and the sound of each of the first clips, unmasked, with `model.encode`.
 
     model: on its device, in its dtype; its training mode is put back afterwards.
-    data: fbank normalisation, worker processes, and the share of bad clips that is tolerated.
+    data: fbank normalisation, worker threads, and the share of bad clips that is tolerated.
     num_clips: how many clips to take from the start (None: all). Unreadable ones among them are
         left out and named in `.bad`.
     batch_size: clips encoded at once. progress: show a bar on stderr.
+    processes: those that share the work (`launched_processes`). Only the first of them gets the
+        features of all; the others get none (N = 0). They do not depend on their number.
 
     Raises ValueError when the dataset has fewer clips, TooManyBadClips past data.max_bad_share.
     """
     wanted = len(dataset) if num_clips is None else num_clips
+    check_amounts(dataset, wanted, batch_size)
     bad = BadClips(len(dataset), data.max_bad_share)
-    batches = read_clips(dataset, data, num_clips=wanted, batch_size=batch_size, bad=bad)
+    batches: Iterable[RawBatch] = read_batches(
+        dataset,
+        num_clips=wanted,
+        batch_size=batch_size,
+        num_workers=data.num_workers,
+        bad=bad,
+        processes=processes,
+    )
+    if progress and processes.is_main:
+        batches = with_bar(batches, wanted // processes.size, lambda raw: len(raw.sample_ids))
     front_end = FrontEnd(data, model.config)
     device = next(model.parameters()).device
-    rows: list[tuple[Tensor, ...]] = []
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for raw in _with_bar(batches, wanted) if progress else batches:
-                batch = front_end(raw, device)
-                features = model.encode(fbank=batch.fbank, frames=batch.frames)
-                assert features.audio is not None and features.video is not None  # both given
-                pooled = (features.audio.float().cpu(), features.video.float().cpu())
-                rows.append((raw.sample_ids, raw.labels, *pooled))
-                bad.check(sum(len(row[0]) for row in rows))
-    finally:
-        model.train(was_training)
-    bad.check(wanted - len(bad))
-    if not rows:
-        raise ValueError(f"none of the {wanted} clips could be used; first: {bad.rows()[0]}")
-    sample_ids, labels, audio, video = (torch.cat(column) for column in zip(*rows, strict=True))
-    names = tuple(dataset.video_id(index) for index in sample_ids.tolist())
-    return ClipFeatures(names, sample_ids, labels, audio, video, tuple(bad.rows()))
+
+    def encoded() -> Iterator[_Rows]:
+        for raw in batches:
+            batch = front_end(raw, device)
+            features = model.encode(fbank=batch.fbank, frames=batch.frames)
+            assert features.audio is not None and features.video is not None  # both given
+            yield _Rows(raw.sample_ids, raw.labels, features.audio, features.video)
+
+    return _extract(model, dataset, encoded(), wanted, bad, processes)
+
+
+def extract_frame_features(
+    model: "CavMae",
+    dataset: ClipDataset,
+    data: DataConfig,
+    *,
+    num_clips: int | None = None,
+    num_frames: int | None = None,
+    time_base: TimeBase = "true",
+    batch_size: int = 8,
+    progress: bool = False,
+    processes: Processes = ALONE,
+) -> ClipFeatures:
+    """Encode all frames of each of the first clips and the sound around each, unmasked.
+
+    num_frames: T of every clip (None: as many as the dataset has). time_base: see `encode_frames`.
+    batch_size: clips at once. A model that is no CAV-MAE Sync hears a clip as a whole: its audio is
+    (N, D). Everything else as in `extract_features`.
+    """
+    wanted = len(dataset) if num_clips is None else num_clips
+    check_amounts(dataset, wanted, batch_size)
+    bad = BadClips(len(dataset), data.max_bad_share)
+    batches = read_frame_batches(
+        dataset,
+        num_clips=wanted,
+        num_frames=num_frames,
+        batch_size=batch_size,
+        num_workers=data.num_workers,
+        bad=bad,
+        processes=processes,
+    )
+    if progress and processes.is_main:
+        batches = with_bar(batches, wanted // processes.size, len)
+
+    def encoded() -> Iterator[_Rows]:
+        for clips in batches:
+            batch = collate_frames(clips)
+            features = encode_frames(model, data, batch, time_base=time_base)
+            yield _Rows(
+                torch.tensor([clip.index for clip in clips]),
+                torch.tensor([clip.label for clip in clips]),
+                features.audio,
+                features.video,
+                batch.times,
+            )
+
+    return _extract(model, dataset, encoded(), wanted, bad, processes)
 
 
 def read_clips(
     dataset: ClipDataset, data: DataConfig, *, num_clips: int, batch_size: int, bad: BadClips
 ) -> Iterator[RawBatch]:
-    """Clips 0 ... num_clips - 1 once each, in order, in batches (the last may be smaller).
+    """Clips 0 ... num_clips - 1 once each, in order, `batch_size` of them at a time.
 
     data.num_workers: threads that read ahead (0: read in this one). Clips that cannot be used are
-    left out and added to `bad`.
+    left out and added to `bad`; their batch is smaller.
     """
-    if not 1 <= num_clips <= len(dataset):
-        raise ValueError(f"num_clips={num_clips}: the dataset has {len(dataset)} clips")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-    clips: list[Clip] = []
-    for clip in _in_order(dataset, num_clips, data.num_workers, 2 * batch_size):
-        if isinstance(clip, BadClip):
-            bad.add([clip])
-            continue
-        clips.append(clip)
-        if len(clips) == batch_size:
-            yield collate(clips)
-            clips = []
-    if clips:
-        yield collate(clips)
+    return read_batches(
+        dataset,
+        num_clips=num_clips,
+        batch_size=batch_size,
+        num_workers=data.num_workers,
+        bad=bad,
+    )
 
 
-def _in_order(
-    dataset: ClipDataset, num_clips: int, num_threads: int, ahead: int
-) -> Iterator[Clip | BadClip]:
-    """Reads clips with at most `ahead` of them under way, and gives them back in order."""
+def _extract(
+    model: "CavMae",
+    dataset: ClipDataset,
+    batches: Iterator[_Rows],
+    wanted: int,
+    bad: BadClips,
+    processes: Processes,
+) -> ClipFeatures:
+    """Collects the batches of all processes; stops as soon as too many clips are bad."""
+    collected = _Collected(wanted)
+    with _inference(model):
+        for rows in batches:
+            collected.add(rows)
+            # Of several processes nobody knows how far the others are.
+            bad.check(collected.count if processes.size == 1 else wanted - len(bad))
+    bad.add(processes.gather_lists(bad.rows()))
+    bad.check(wanted - len(bad))
+    found = {name: processes.gather_rows(rows) for name, rows in collected.columns(processes)}
+    if not found:
+        raise ValueError(f"none of the {wanted} clips could be used; first: {bad.rows()[0]}")
+    columns = {
+        name: collected.none_of(name) if rows is None else rows for name, rows in found.items()
+    }
+    names = tuple(dataset.video_id(index) for index in columns["sample_ids"].tolist())
+    return ClipFeatures(video_ids=names, bad=tuple(bad.rows()), **columns)
 
-    def read(index: int) -> Clip | BadClip:
-        try:
-            return dataset.read(index, EVALUATION_EPOCH)
-        except ClipError as error:
-            return BadClip(error.video_id, error.reason)
 
-    if num_threads == 0:
-        yield from map(read, range(num_clips))
-        return
-    with ThreadPoolExecutor(num_threads) as pool:
-        under_way: deque[Future[Clip | BadClip]] = deque()
-        try:
-            for index in range(num_clips):
-                under_way.append(pool.submit(read, index))
-                if len(under_way) > ahead:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
-        finally:
-            for future in under_way:
-                future.cancel()
+class _Collected:
+    """Rows of batches in memory that is taken once, for all of them."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.count = 0
+        self._store: dict[str, Tensor] = {}
+
+    def add(self, rows: _Rows) -> None:
+        last = self.count + len(rows.sample_ids)
+        for name, column in rows._asdict().items():
+            if column is None:
+                continue
+            column = column.float() if name in ("audio", "video") else column
+            if name not in self._store:  # pages that are never written to take no memory
+                shape = (self.most, *column.shape[1:])
+                with torch.inference_mode(False):  # whoever gets them may train on them
+                    self._store[name] = torch.empty(shape, dtype=column.dtype)
+            self._store[name][self.count : last] = column
+        self.count = last
+
+    def columns(self, processes: Processes) -> Iterator[tuple[str, Tensor]]:
+        """Every column that any of the processes has; empty here if it has no rows."""
+        names = dict.fromkeys(processes.gather_lists(list(self._store)))
+        for name in names:
+            yield name, self._store.get(name, torch.empty(0))[: self.count]
+
+    def none_of(self, name: str) -> Tensor:
+        """A column of no rows."""
+        return self._store.get(name, torch.empty(0))[:0]
 
 
-def _with_bar(batches: Iterable[RawBatch], num_clips: int) -> Iterator[RawBatch]:
-    """The same batches, with a progress bar on stderr where tqdm is installed."""
+@contextlib.contextmanager
+def _inference(model: "CavMae") -> Iterator[None]:
+    """Evaluation mode and no gradients; the training mode is put back afterwards."""
+    was_training = model.training
+    model.eval()
     try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        yield from batches
-        return
-    with tqdm(total=num_clips, unit="clip", desc="features", dynamic_ncols=True) as bar:
-        for raw in batches:
-            yield raw
-            bar.update(len(raw.sample_ids))
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)

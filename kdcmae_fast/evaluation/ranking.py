@@ -8,11 +8,14 @@ they become the figures that papers report.
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from kdcmae_fast.kernels import retrieval_ranks
+from kdcmae_fast.kernels import frame_similarity, retrieval_ranks
 
 Ties = Literal["average", "optimistic", "published"]
+Strategy = Literal["diagonal_mean", "diagonal_max", "mean", "max"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 RECALL_AT = (1, 5, 10)
 
@@ -60,6 +63,7 @@ class RetrievalScores(NamedTuple):
     chance: dict[str, float]
     num_clips: int
     ties: Ties
+    ranks: dict[str, Tensor]  # by direction: (N,) int64, the best rank of each query's pair
 
     def named(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
@@ -76,13 +80,17 @@ def retrieval_scores(
     audio: Tensor,
     video: Tensor,
     *,
+    strategy: Strategy = "diagonal_mean",
     ties: Ties = "average",
     recall_at: tuple[int, ...] = RECALL_AT,
     tile_size: int | None = None,
 ) -> RetrievalScores:
     """Rank every clip's pair among all N, audio to video and video to audio, by cosine.
 
-    audio, video: (N, D) features, row i of both from clip i; not necessarily normalised.
+    audio, video: features, row i of both from clip i, not necessarily normalised: (N, D) pooled, or
+        (N, T, D) frame by frame, both or one of them.
+    strategy: how cosines of frames become one number; see `kernels.frame_similarity`. One vector
+        meets all T frames of the other side.
     ties: what a query gets whose pair scores exactly as high as e - 1 other items, below g items:
       "average" rank g + (e + 1) / 2, which constant features cannot exploit; "optimistic" rank
       g + 1; "published" the CAV-MAE Sync evaluation (arXiv 2505.01237), where the query counts e
@@ -93,11 +101,14 @@ def retrieval_scores(
     ties="published".
     """
     _check(audio, video, ties, recall_at, tile_size)
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy={strategy!r} is not one of {', '.join(STRATEGIES)}")
     if ties != "published":
         _check_finite("audio", audio)
         _check_finite("video", video)
     # Every mode of ties follows from the counts; "published" alone lets NaN through.
-    ranks = retrieval_ranks(audio[:, None], video[:, None], ties="published", tile_size=tile_size)
+    a, b, pooling = paired_frames(audio, video, strategy)
+    ranks = retrieval_ranks(a, b, strategy=pooling, ties="published", tile_size=tile_size)
     rows, columns = (PairCounts(side.above, side.equal) for side in ranks)
     return RetrievalScores(
         audio_to_video=summarise(rows, ties, recall_at),
@@ -105,7 +116,37 @@ def retrieval_scores(
         chance=chance_level(len(audio), recall_at),
         num_clips=len(audio),
         ties=ties,
+        ranks={"audio_to_video": rows.above + 1, "video_to_audio": columns.above + 1},
     )
+
+
+def paired_frames(
+    audio: Tensor, video: Tensor, strategy: Strategy
+) -> tuple[Tensor, Tensor, Strategy]:
+    """Both sides as (N, T, D) and the strategy that gives the same scores with the least work.
+
+    A side of one vector per clip, (N, D), is as if all its T frames had it: then the mean and the
+    largest of all T x T cosines are those of the T on the diagonal. (N, T, D) stays as it is.
+    """
+    if audio.ndim == video.ndim == 3:
+        return audio, video, strategy
+    frames = audio.shape[1] if audio.ndim == 3 else video.shape[1] if video.ndim == 3 else 1
+    sides = (x if x.ndim == 3 else x[:, None].expand(-1, frames, -1) for x in (audio, video))
+    a, b = sides
+    return a, b, "diagonal_max" if strategy.endswith("max") else "diagonal_mean"
+
+
+def most_similar(
+    queries: Tensor, gallery: Tensor, count: int, *, strategy: Strategy = "diagonal_mean"
+) -> tuple[Tensor, Tensor]:
+    """Rows of the gallery that are most similar to each query, (Q, count), and their similarity.
+
+    queries: (Q, D) or (Q, T, D). gallery: (N, D) or (N, T, D). Equal ones in gallery order.
+    """
+    a, b, pooling = paired_frames(queries, gallery, strategy)
+    scores = torch.cat([frame_similarity(a[i : i + 1], b, strategy=pooling) for i in range(len(a))])
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return order[:, :count], scores[:, :count]
 
 
 def summarise(counts: PairCounts, ties: Ties, recall_at: tuple[int, ...]) -> DirectionScores:
@@ -154,9 +195,14 @@ def _weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
 def _check(
     audio: Tensor, video: Tensor, ties: str, recall_at: tuple[int, ...], tile_size: int | None
 ) -> None:
-    if audio.ndim != 2 or audio.shape != video.shape or len(audio) == 0:
+    fits = {audio.ndim, video.ndim} <= {2, 3} and len(audio) == len(video) > 0
+    if fits:
+        fits = audio.shape[-1] == video.shape[-1]
+    if fits and audio.ndim == video.ndim == 3:
+        fits = audio.shape[1] == video.shape[1]
+    if not fits:
         raise ValueError(
-            "audio and video must be two (N, D) feature matrices of the same clips, N > 0; got "
+            "audio and video must be (N, D) or (N, T, D) features of the same clips, N > 0; got "
             f"{tuple(audio.shape)} and {tuple(video.shape)}"
         )
     if audio.device != video.device:
@@ -170,7 +216,8 @@ def _check(
 
 
 def _check_finite(name: str, features: Tensor) -> None:
-    bad = (~features.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    finite = [part.flatten(1).isfinite().all(dim=1) for part in features.split(4096)]
+    bad = (~torch.cat(finite)).nonzero().flatten().tolist()
     if bad:
         shown = ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
         raise ValueError(

@@ -42,6 +42,24 @@ def add_source(parser: argparse.ArgumentParser, default_clips: str) -> None:
     )
 
 
+def add_frames(parser: argparse.ArgumentParser) -> None:
+    """Options that say which frames of a clip are taken, and which sound goes with them."""
+    parser.add_argument(
+        "--num-frames",
+        type=positive,
+        metavar="T",
+        help="frames of each clip, evenly spread (default: as many as the clips have, or "
+        "data.num_frames)",
+    )
+    parser.add_argument(
+        "--time-base",
+        choices=("true", "compatible"),
+        default="true",
+        help="CAV-MAE Sync's segment of sound of a frame: around its real time, or where the "
+        "published evaluation has it, as if every clip were 10.24 s long",
+    )
+
+
 def source_of(options: argparse.Namespace) -> "EvaluationSource":
     """The model and clips that the options of `add_source` name."""
     from kdcmae_fast.evaluation.source import EvaluationSource
@@ -71,4 +89,11 @@ def positive(text: str) -> int:
     """A whole number above 0, for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """A whole number from 0 on, for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
     return int(text)
