@@ -256,6 +256,10 @@ COMMANDS = {
     "inpaint": _of_module(
         "hide parts of clips, fill them in: pictures and sounds", f"{EVALUATION}.inpaint"
     ),
+    "score": _of_module(
+        "how well sound and picture of videos fit, moment by moment", f"{EVALUATION}.score"
+    ),
+    "features": _of_module("features as NumPy or Parquet files", f"{EVALUATION}.features"),
     "reconstruct": _of_module(
         "pictures of masked and reconstructed clips", f"{EVALUATION}.reconstruct"
     ),

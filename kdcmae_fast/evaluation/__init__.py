@@ -1,8 +1,15 @@
 """What a trained model is worth: features, retrieval, reconstruction pictures, loss curves."""
 
-from kdcmae_fast.evaluation.features import ClipFeatures, extract_features
+from kdcmae_fast.evaluation.export import export_features
+from kdcmae_fast.evaluation.feature_files import load_features, save_features
+from kdcmae_fast.evaluation.features import (
+    ClipFeatures,
+    extract_features,
+    extract_frame_features,
+)
 from kdcmae_fast.evaluation.hiding import Hiding, hide_patches
 from kdcmae_fast.evaluation.inpainting import inpaint
+from kdcmae_fast.evaluation.offset import OffsetScore, best_offset, best_offsets
 from kdcmae_fast.evaluation.pictures import draw_clip
 from kdcmae_fast.evaluation.plots import plot_losses
 from kdcmae_fast.evaluation.ranking import RetrievalScores, retrieval_scores
@@ -16,15 +23,22 @@ __all__ = [
     "ClipFeatures",
     "EvaluationSource",
     "Hiding",
+    "OffsetScore",
     "RetrievalScores",
+    "best_offset",
+    "best_offsets",
     "draw_clip",
+    "export_features",
     "extract_features",
+    "extract_frame_features",
     "fbank_to_waveform",
     "hide_patches",
     "inpaint",
+    "load_features",
     "plot_losses",
     "reconstruct",
     "reconstruct_batch",
     "retrieval_scores",
     "retrieve",
+    "save_features",
 ]

@@ -1,6 +1,7 @@
 """What an evaluation works on, a model folder and the settings of its clips, and what it writes."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -60,24 +61,32 @@ class Opened(NamedTuple):
 
 def open_source(source: EvaluationSource) -> Opened:
     """Model and clips; ValueError naming the setting for what is not there or does not fit."""
+    model, data, seed, described = open_model(source)
+    synthetic = data.source == "synthetic"
+    split = source.split or ("heldout" if synthetic else "train")
+    dataset = open_dataset(data, model.config, seed=seed, split=split)
+    described = {
+        **described,
+        "clips_of": f"synthetic, {split}" if synthetic else data.path,
+        "seed": seed,
+    }
+    return Opened(model, dataset, data, seed, described)
+
+
+def open_model(source: EvaluationSource) -> tuple[CavMae, DataConfig, int, dict[str, Any]]:
+    """The model on its device, data settings and seed, and what metrics.json says of them."""
     folder = model_folder(source.checkpoint)
     data, seed, origin = data_settings(folder, source.recipe, source.overrides)
     model = from_pretrained(folder)
     if not isinstance(model, CavMae):
         raise ValueError(f"--checkpoint {folder} holds a {model.name}; give a pretrained model")
-    model = model.to(pick_device(source.device)).eval()
-    synthetic = data.source == "synthetic"
-    split = source.split or ("heldout" if synthetic else "train")
-    dataset = open_dataset(data, model.config, seed=seed, split=split)
     described = {
         "checkpoint": str(folder),
         "version": kdcmae_fast.__version__,
-        "clips_of": f"synthetic, {split}" if synthetic else data.path,
         "data_from": origin,
         "data": asdict(data),
-        "seed": seed,
     }
-    return Opened(model, dataset, data, seed, described)
+    return model.to(pick_device(source.device)).eval(), data, seed, described
 
 
 def model_folder(checkpoint: str | Path) -> Path:
@@ -124,9 +133,16 @@ def data_settings(
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one. ValueError if it is not here."""
+    """The device of that name; "auto" is CUDA where there is one. ValueError if it is not here.
+
+    Of a launcher's processes each takes the GPU that its LOCAL_RANK counts to.
+    """
+    if name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        local_rank = os.environ.get("LOCAL_RANK")
+        number = None if local_rank is None else int(local_rank) % torch.cuda.device_count()
+        return torch.device("cuda" if number is None else f"cuda:{number}")
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from kdcmae_fast.evaluation.source import EvaluationSource
 
 
-def add_source(parser: argparse.ArgumentParser, default_clips: str) -> None:
-    """Options that say which model and which clips."""
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Options that say which model, and where its data settings are."""
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="model folder (or a run folder with one)"
     )
@@ -19,6 +19,12 @@ def add_source(parser: argparse.ArgumentParser, default_clips: str) -> None:
         help="take data.* and train.seed from this file (default: from config.json of the "
         "checkpoint's run, where there is one)",
     )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def add_source(parser: argparse.ArgumentParser, default_clips: str) -> None:
+    """Options that say which model and which clips."""
+    add_model(parser)
     parser.add_argument(
         "--split",
         choices=("heldout", "train"),
@@ -33,7 +39,6 @@ def add_source(parser: argparse.ArgumentParser, default_clips: str) -> None:
     parser.add_argument(
         "--batch-size", type=positive, default=32, metavar="N", help="clips per forward pass"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "settings",
         nargs="*",

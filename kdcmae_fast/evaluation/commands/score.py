@@ -1,0 +1,128 @@
+"""The command line of `kdcmae score`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kdcmae_fast.evaluation.commands.options import add_frames, add_model, say_bad
+
+PER_LINE = 10  # frames of a clip printed side by side
+MOST_NAME = 24  # characters of a file's name in the table of pairs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add_model(parser)
+    parser.add_argument("videos", nargs="+", metavar="VIDEO", help="files with picture and sound")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        metavar="VIDEO",
+        help="compare the sound of every VIDEO before with the picture of every one of these",
+    )
+    parser.add_argument(
+        "--strategy",
+        choices=("diagonal_mean", "diagonal_max", "mean", "max"),
+        default="diagonal_mean",
+        help="with --against: mean or largest cosine of frames at the same moment (diagonal_*), or "
+        "of all T x T pairs of frames",
+    )
+    add_frames(parser)
+    parser.add_argument(
+        "--start", type=float, default=0.0, metavar="S", help="seconds of each file to pass over"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="of each file, as far as it goes (default: 10.24 for CAV-MAE Sync, else as many as "
+        "the model hears at once)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="data.key=value",
+        help="data.* setting on top, as in data.channel=mean; may come several times",
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", help="write a picture per file and DIR/metrics.json"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Score, print, write; an error at the end if a file could not be used."""
+    from kdcmae_fast.evaluation.score import Stretch, score_videos
+    from kdcmae_fast.evaluation.source import EvaluationSource
+
+    source = EvaluationSource(
+        checkpoint=options.checkpoint,
+        recipe=options.recipe,
+        overrides=tuple(options.settings),
+        device=options.device,
+    )
+    stretch = Stretch(
+        num_frames=options.num_frames,
+        start=options.start,
+        seconds=options.seconds,
+        time_base=options.time_base,
+    )
+    metrics = score_videos(
+        source,
+        options.videos,
+        against=options.against,
+        stretch=stretch,
+        strategy=options.strategy,
+        output=options.output,
+    )
+    if "against" in metrics:
+        print(pair_table(metrics["against"]))
+    else:
+        print("\n".join(map(clip_text, metrics["clips"])))
+    if options.output:
+        print(f"wrote {len(metrics['pictures'])} pictures and metrics.json to {options.output}")
+    say_bad(metrics)
+    if bad := metrics["bad_clips"]:
+        sys.stdout.flush()
+        files = len({*options.videos, *(options.against or ())})
+        raise ValueError(f"{len(bad)} of {files} files could not be used (named above)")
+
+
+def clip_text(clip: Mapping[str, Any]) -> str:
+    """What is printed of one file."""
+    frames = clip["frames"]
+    lines = [f"{clip['file']}: {clip['seconds']:.1f} s, {len(frames)} frames"]
+    mean = f"  similarity of sound and picture {clip['similarity']:.3f}"
+    if "says" not in clip:
+        lines.append(f"{mean} (mean over the frames; the sound is heard as a whole:")
+        lines.append("  how far it is shifted only a CAV-MAE Sync model can tell)")
+    else:
+        if clip["other_moments"] is not None:
+            mean += f", of moments that do not belong together {clip['other_moments']:.3f}"
+        lines += [mean, f"  {clip['says']}"]
+    for first in range(0, len(frames), PER_LINE):
+        part = slice(first, first + PER_LINE)
+        for name, values, digits in (("seconds", clip["times"], 2), ("cosine", frames, 3)):
+            cells = "".join(f"{value:>8.{digits}f}" for value in values[part])
+            lines.append(f"  {name:8}{cells}")
+    return "\n".join(lines)
+
+
+def pair_table(pairs: Mapping[str, Any]) -> str:
+    """The matrix of `--against` and the best match of each row."""
+    columns = pairs["picture_of"]
+    sounds = _short_names(pairs["sound_of"])
+    width = max(map(len, (*sounds, "sound of"))) + 2
+    lines = [f"picture {number}: {name}" for number, name in enumerate(columns, 1)]
+    lines.append(f"{'sound of':{width}}" + "".join(f"{n:>8}" for n in range(1, len(columns) + 1)))
+    for name, row, best in zip(sounds, pairs["similarity"], pairs["best"], strict=True):
+        cells = "".join(f"{value:>8.3f}" for value in row)
+        lines.append(f"{name:{width}}{cells}   best: {best + 1}, {os.path.basename(columns[best])}")
+    return "\n".join(lines)
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    return [name if len(name) <= MOST_NAME else f"...{name[3 - MOST_NAME :]}" for name in names]
