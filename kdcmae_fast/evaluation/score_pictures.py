@@ -1,5 +1,6 @@
 """Pictures of similarities: of a clip's moments with each other, and of clips with clips."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,8 +43,9 @@ def draw_score(path: str | Path, title: str, score: ClipScore, times: Tensor) ->
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(edges[0], edges[-1])
     axes.set_xlabel("picture: time of the frame, seconds", fontsize=9, color=INK)
-    axes.set_ylabel("sound: middle of the segment, seconds", fontsize=9, color=INK)
-    axes.set_title(offset_sentence(score), loc="left", fontsize=9, color=MUTED)
+    axes.set_ylabel("sound around this time, seconds", fontsize=9, color=INK)
+    says = textwrap.fill(offset_sentence(score), 84)
+    axes.set_title(says, loc="left", fontsize=9, color=MUTED)
     axes.legend(loc="lower right", fontsize=8, framealpha=0.85)
     _colour_bar(axes, mesh)
     return save_figure(figure, path)
@@ -53,7 +55,7 @@ def draw_pairs(
     path: str | Path, matrix: Tensor, rows: Sequence[str], columns: Sequence[str]
 ) -> Path:
     """Similarities (R, C) of the sound of each row's clip with the picture of each column's."""
-    figure = new_figure(2.6 + 0.62 * len(columns), 1.9 + 0.45 * len(rows))
+    figure = new_figure(3.4 + 0.62 * len(columns), 2.1 + 0.45 * len(rows))
     axes = figure.subplots()
     values = matrix.numpy()
     image = axes.imshow(values, cmap=COLOURS, aspect="auto", interpolation="nearest")
@@ -64,7 +66,7 @@ def draw_pairs(
     axes.set_ylabel("sound of", fontsize=9, color=INK)
     best = values.argmax(1)
     axes.plot(best, range(len(rows)), "o", markersize=11, fillstyle="none", color=PALETTE[1])
-    axes.set_title("similarity; circled: best of the row", loc="left", fontsize=9, color=MUTED)
+    figure.suptitle("circled: best of the row", fontsize=9, color=MUTED, x=0.02, ha="left")
     if max(values.shape) <= MOST_VALUES:
         middle = (values.min() + values.max()) / 2
         for (row, column), value in np.ndenumerate(values):
