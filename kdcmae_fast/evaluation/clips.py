@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,7 +56,7 @@ def collate_frames(clips: Sequence["ClipFrames"]) -> FrameBatch:
         waveforms,
         torch.tensor([len(clip.waveform) for clip in clips]),
         torch.stack([clip.frames for clip in clips]),
-        torch.stack([clip.times for clip in clips]).double(),
+        torch.from_numpy(np.stack([clip.times for clip in clips])).double(),
     )
 
 

@@ -37,21 +37,21 @@ def export_features(
     require_folder(path.parent if is_file else path)
     if is_file and path.is_dir():
         raise ValueError(f"--output {path} is a folder; give another name")
-    with launched_processes() as processes:
-        opened = open_source(source)
-        every = frames or num_frames is not None or hears_frames(opened.model)
-        settings = FrameSettings(num_frames, time_base) if every else None
-        features = find_features(source, opened, settings, processes=processes).features
-        metrics: dict[str, Any] = {}
-        if processes.is_main:
-            save_features(features, path)
-            columns = {"audio": features.audio, "video": features.video, "times": features.times}
-            metrics = {
-                "command": "features",
-                **opened.described,
-                "num_clips": len(features.video_ids),
-                "shapes": {k: list(x.shape) for k, x in columns.items() if x is not None},
-                **listed_bad(features.bad),
-            }
-            write_metrics(metrics, None if is_file else path)
-        return processes.share(metrics)
+    processes = launched_processes()
+    opened = open_source(source)
+    every = frames or num_frames is not None or hears_frames(opened.model)
+    settings = FrameSettings(num_frames, time_base) if every else None
+    features = find_features(source, opened, settings, processes=processes).features
+    metrics: dict[str, Any] = {}
+    if processes.is_main:
+        save_features(features, path)
+        columns = {"audio": features.audio, "video": features.video, "times": features.times}
+        metrics = {
+            "command": "features",
+            **opened.described,
+            "num_clips": len(features.video_ids),
+            "shapes": {k: list(x.shape) for k, x in columns.items() if x is not None},
+            **listed_bad(features.bad),
+        }
+        write_metrics(metrics, None if is_file else path)
+    return processes.share(metrics)

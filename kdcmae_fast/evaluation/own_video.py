@@ -65,8 +65,7 @@ def read_video_clip(
     except (av.FFmpegError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ClipError(name, f"cannot decode, truncated or damaged: {reason}") from error
-    times_heard = torch.from_numpy(times - window.start)
-    return ClipFrames(name, index, waveform, torch.stack(frames), times_heard, -1)
+    return ClipFrames(name, index, waveform, torch.stack(frames), times - window.start, -1)
 
 
 def _window(duration: float | None, start: float, seconds: float | None) -> Window:

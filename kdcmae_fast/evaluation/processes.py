@@ -4,9 +4,9 @@ Only tensors in the CPU's memory travel (gloo), so any launcher will do that set
 MASTER_ADDR and MASTER_PORT: torchrun, `deepspeed --no_local_rank`, Slurm with those set.
 """
 
-import contextlib
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -84,22 +84,23 @@ class Processes(NamedTuple):
 ALONE = Processes()
 
 
-@contextlib.contextmanager
-def launched_processes() -> Iterator[Processes]:
-    """The processes that a launcher started, or `ALONE`; joins them and leaves them again.
+def launched_processes() -> Processes:
+    """The processes that a launcher started, or `ALONE`.
 
-    Inside a process group that is there already (a training run) its processes are taken.
+    Joins them at the first call, for as long as this process lives; in a process group that is
+    there already (a training run) its processes are taken.
     """
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return ALONE
+    return _joined()
+
+
+@functools.cache
+def _joined() -> Processes:
+    # Once: processes that leave a meeting point and come back to it miss each other.
     if dist.is_initialized():
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        try:
-            yield Processes(dist.get_rank(), dist.get_world_size(), group)
-        finally:
-            dist.destroy_process_group(group)
-        return
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
-        yield ALONE
-        return
+        return Processes(dist.get_rank(), dist.get_world_size(), group)
     try:
         dist.init_process_group("gloo", timeout=PATIENCE)
     except dist.DistNetworkError as error:
@@ -108,7 +109,4 @@ def launched_processes() -> Iterator[Processes]:
             f"no meeting point of the processes at {where} ({error}); another run may have it: "
             "give the launcher another --master_port"
         ) from error
-    try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+    return Processes(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)

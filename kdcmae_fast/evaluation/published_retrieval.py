@@ -6,11 +6,13 @@ per class of AudioSet's evaluation set. The page does not name the aggregation o
 README's example takes diagonal_mean.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # A file's name by which the released VGGSound list (309 classes, 5 clips each) is recognised.
 VGGSOUND_LIST = "vgg_test_5_per_class_for_retrieval"
+DIRECTIONS = ("audio_to_video", "video_to_audio")
 
 
 class PublishedRecall(NamedTuple):
@@ -55,24 +57,32 @@ PUBLISHED = {
 }
 
 
-def published_table(clips_of: str) -> str:
-    """The published figures as a table for a terminal.
+def published_table(metrics: Mapping[str, Any]) -> str:
+    """The published figures as a table for a terminal, below one's own.
 
-    clips_of: what one's own figures are of; only the released VGGSound list makes them comparable.
+    metrics: of `retrieve`. Only the released VGGSound list makes its figures comparable.
     """
-    same = Path(clips_of).name.startswith(VGGSOUND_LIST)
-    lines = ["published (project page of arXiv 2505.01237), R@1 / R@5 / R@10"]
+    same = Path(metrics["clips_of"]).name.startswith(VGGSOUND_LIST)
+    lines = [_line("R@1 / R@5 / R@10 in per cent", "audio -> video", "video -> audio")]
+    lines.append(_line("this model, these clips", *map(_own, (metrics[key] for key in DIRECTIONS))))
     for name, rows in PUBLISHED.items():
-        what = f"{name} subset"
-        if same and name == "VGGSound":
-            what += ": the list of these clips, as far as they could be had"
-        else:
-            what += ": other clips than these, no comparison"
-        lines.append(f"{what:66}{'audio -> video':>20}{'video -> audio':>20}")
+        comparable = same and name == "VGGSound"
+        what = "this list as far as it could be had" if comparable else "other clips, no comparison"
+        lines.append(f"published for {name} ({what}):")
         for row in rows:
-            cells = "".join(f"{_cell(x):>20}" for x in (row.audio_to_video, row.video_to_audio))
-            lines.append(f"  {row.model:64}{cells}")
+            lines.append(
+                _line(f"  {row.model}", *map(_cell, (row.audio_to_video, row.video_to_audio)))
+            )
+    lines.append("(the project page of arXiv 2505.01237)")
     return "\n".join(lines)
+
+
+def _line(label: str, to_video: str, to_audio: str) -> str:
+    return f"{label:30}{to_video:>20}{to_audio:>20}"
+
+
+def _own(direction: Mapping[str, float]) -> str:
+    return _cell(PublishedRecall(*(100 * direction[name] for name in ("R@1", "R@5", "R@10"))))
 
 
 def _cell(recall: PublishedRecall) -> str:

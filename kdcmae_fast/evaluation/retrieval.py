@@ -58,24 +58,24 @@ def retrieve(
             require_writers()
     if num_frames is not None and num_frames < 1:
         raise ValueError(f"num_frames={num_frames} must be at least 1")
-    with launched_processes() as processes:
-        opened = open_source(source)
-        frame_level = hears_frames(opened.model)
-        if strategy is None and (frame_level or num_frames is not None):
-            strategy = "diagonal_mean"
-        frames = None if strategy is None else FrameSettings(num_frames, time_base)
-        found = find_features(source, opened, frames, folder=features, processes=processes)
-        metrics: dict[str, Any] = {}
-        if processes.is_main:
-            metrics = {"command": "retrieve", **opened.described}
-            if frames is not None:
-                metrics["frames"] = _described(found.features, frame_level, time_base)
-            if found.note:
-                metrics["features"] = found.note
-            metrics |= _ranked(opened, found.features, strategy, ties, examples, output)
-            metrics |= listed_bad(found.features.bad)
-            write_metrics(metrics, output)
-        return processes.share(metrics)
+    processes = launched_processes()
+    opened = open_source(source)
+    frame_level = hears_frames(opened.model)
+    if strategy is None and (frame_level or num_frames is not None):
+        strategy = "diagonal_mean"
+    frames = None if strategy is None else FrameSettings(num_frames, time_base)
+    found = find_features(source, opened, frames, folder=features, processes=processes)
+    metrics: dict[str, Any] = {}
+    if processes.is_main:
+        metrics = {"command": "retrieve", **opened.described}
+        if frames is not None:
+            metrics["frames"] = _described(found.features, frame_level, time_base)
+        if found.note:
+            metrics["features"] = found.note
+        metrics |= _ranked(opened, found.features, strategy, ties, examples, output)
+        metrics |= listed_bad(found.features.bad)
+        write_metrics(metrics, output)
+    return processes.share(metrics)
 
 
 def retrieval_table(metrics: Mapping[str, Any]) -> str:

@@ -145,7 +145,8 @@ def read_videos(
             batch = collate_frames([clip])
             audio, video = encode_frames(model, data, batch, time_base=stretch.time_base)
         seconds = len(clip.waveform) / SAMPLE_RATE
-        found[name] = VideoFeatures(name, audio[0].cpu(), video[0].cpu(), clip.times, seconds)
+        times = batch.times[0]
+        found[name] = VideoFeatures(name, audio[0].cpu(), video[0].cpu(), times, seconds)
     return found, bad
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdcmae_fast.config import DataConfig
-from kdcmae_fast.data import Clip, ClipError, open_dataset
+from kdcmae_fast.data import Clip, ClipError, ClipFrames, open_dataset
 from kdcmae_fast.models import build_model
 
 SIZES = {
@@ -40,6 +40,11 @@ class WithBadClips:
         if index in self.bad:
             raise ClipError(self.video_id(index), "the file ends early")
         return self.dataset.read(index, epoch)
+
+    def read_frames(self, index: int, num_frames: int | None = None, **which) -> ClipFrames:
+        if index in self.bad:
+            raise ClipError(self.video_id(index), "the file ends early")
+        return self.dataset.read_frames(index, num_frames, **which)
 
 
 @pytest.fixture(scope="session")

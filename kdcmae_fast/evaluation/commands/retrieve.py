@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
         print(metrics["features"])
     print(retrieval_table(metrics))
     if "time_base" in metrics.get("frames", {}):
-        print(f"\n{published_table(metrics['clips_of'])}")
+        print(f"\n{published_table(metrics)}")
     say_bad(metrics)
     if options.output:
         print(f"wrote {os.path.join(options.output, 'metrics.json')}")
