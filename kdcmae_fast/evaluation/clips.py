@@ -1,13 +1,14 @@
 """Features of all frames of a clip, and of the sound around each (CAV-MAE Sync)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kdcmae_fast.config import DataConfig
+from kdcmae_fast.data.clip import CLIP_ROWS
 from kdcmae_fast.data.fbank import kaldi_fbank, num_fbank_frames
 from kdcmae_fast.data.segments import segment_starts, take_segments, timed_segment_starts
 from kdcmae_fast.models.cav_mae_sync import CavMaeSync
@@ -15,10 +16,6 @@ from kdcmae_fast.models.cav_mae_sync import CavMaeSync
 if TYPE_CHECKING:
     from kdcmae_fast.data.clip import ClipFrames
     from kdcmae_fast.models.cav_mae import CavMae
-
-TimeBase = Literal["true", "compatible"]
-
-PUBLISHED_ROWS = 1024  # of the fbank that the published time base divides
 
 
 class FrameFeatures(NamedTuple):
@@ -60,20 +57,18 @@ def collate_frames(clips: Sequence["ClipFrames"]) -> FrameBatch:
     )
 
 
-def encode_frames(
-    model: "CavMae", data: DataConfig, batch: FrameBatch, *, time_base: TimeBase = "true"
-) -> FrameFeatures:
+def encode_frames(model: "CavMae", data: DataConfig, batch: FrameBatch) -> FrameFeatures:
     """Features of every frame, and of the sound: around each frame, or of the clip as a whole.
 
-    data: fbank normalisation. time_base: where a frame's segment is. "true": around the frame's
-    own time, inside the real sound. "compatible": where the published evaluation has it, as if
-    every clip were 10.24 s long and its frames spread evenly over that (`data.segments`).
+    data: fbank normalisation, and by data.time_base where a frame's segment is. "true": around the
+    frame's own time, inside the real sound. "compatible": where the published evaluation has it, as
+    if every clip were 10.24 s long and its T frames spread evenly over that (`data.segments`).
     """
     device = next(model.parameters()).device
     length = model.config.audio_length
     real = num_fbank_frames(batch.waveforms.shape[1])
     if hears_frames(model):
-        rows = PUBLISHED_ROWS if time_base == "compatible" else max(real, length)
+        rows = CLIP_ROWS if data.time_base == "compatible" else max(real, length)
     else:
         rows = length
     fbank = kaldi_fbank(
@@ -87,7 +82,7 @@ def encode_frames(
     frames = batch.frames.to(device)
     if not hears_frames(model):
         return FrameFeatures(_of(model.encode(fbank=fbank).audio), encode_pictures(model, frames))
-    if time_base == "compatible":
+    if data.time_base == "compatible":
         starts = torch.tensor(segment_starts(frames.shape[1], length, rows))
     else:
         clip_rows = torch.tensor([num_fbank_frames(int(n)) for n in batch.lengths])

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from kdcmae_fast.evaluation.clips import TimeBase, hears_frames
+from kdcmae_fast.evaluation.clips import hears_frames
 from kdcmae_fast.evaluation.feature_cache import FrameSettings, find_features
 from kdcmae_fast.evaluation.feature_files import require_parquet, save_features
 from kdcmae_fast.evaluation.processes import launched_processes
@@ -22,12 +22,11 @@ def export_features(
     *,
     frames: bool = False,
     num_frames: int | None = None,
-    time_base: TimeBase = "true",
 ) -> dict[str, Any]:
     """Extract features and write them with `save_features`; in a folder also metrics.json.
 
     frames: all frames of each clip; always so for CAV-MAE Sync, and with num_frames.
-    num_frames, time_base: as in `extract_frame_features`.
+    num_frames: as in `extract_frame_features`.
 
     Returns what metrics.json holds: how many clips, the shapes, the clips that were left out.
     """
@@ -40,7 +39,7 @@ def export_features(
     processes = launched_processes()
     opened = open_source(source)
     every = frames or num_frames is not None or hears_frames(opened.model)
-    settings = FrameSettings(num_frames, time_base) if every else None
+    settings = FrameSettings(num_frames) if every else None
     features = find_features(source, opened, settings, processes=processes).features
     metrics: dict[str, Any] = {}
     if processes.is_main:

@@ -23,7 +23,6 @@ import kdcmae_fast
 from kdcmae_fast.config import DataConfig
 from kdcmae_fast.data import BadClip
 from kdcmae_fast.data.folder import VideoFolder
-from kdcmae_fast.evaluation.clips import TimeBase
 from kdcmae_fast.evaluation.features import (
     ClipFeatures,
     extract_features,
@@ -49,10 +48,9 @@ FRAMES_PER_PASS = 64  # frame-level: as many clips at once as make about so many
 
 
 class FrameSettings(NamedTuple):
-    """All frames of each clip. num_frames: T (None: as the dataset has); time_base: of segments."""
+    """All frames of each clip. num_frames: T (None: as the dataset has)."""
 
     num_frames: int | None = None
-    time_base: TimeBase = "true"
 
 
 class FoundFeatures(NamedTuple):
@@ -166,7 +164,6 @@ def _extract(
     return extract_frame_features(
         *given,
         num_frames=frames.num_frames,
-        time_base=frames.time_base,
         batch_size=min(source.batch_size, at_once),
         **common,
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdcmae_fast.config import DataConfig
 from kdcmae_fast.data import BadClip, BadClips, ClipDataset, FrontEnd, RawBatch
-from kdcmae_fast.evaluation.clips import TimeBase, collate_frames, encode_frames
+from kdcmae_fast.evaluation.clips import collate_frames, encode_frames
 from kdcmae_fast.evaluation.processes import ALONE, Processes
 from kdcmae_fast.evaluation.reading import (
     check_amounts,
@@ -105,16 +105,15 @@ def extract_frame_features(
     *,
     num_clips: int | None = None,
     num_frames: int | None = None,
-    time_base: TimeBase = "true",
     batch_size: int = 8,
     progress: bool = False,
     processes: Processes = ALONE,
 ) -> ClipFeatures:
     """Encode all frames of each of the first clips and the sound around each, unmasked.
 
-    num_frames: T of every clip (None: as many as the dataset has). time_base: see `encode_frames`.
-    batch_size: clips at once. A model that is no CAV-MAE Sync hears a clip as a whole: its audio is
-    (N, D). Everything else as in `extract_features`.
+    num_frames: T of every clip (None: as many as the dataset has). data.time_base: see
+    `encode_frames`. batch_size: clips at once. A model that is no CAV-MAE Sync hears a clip as a
+    whole: its audio is (N, D). Everything else as in `extract_features`.
     """
     wanted = len(dataset) if num_clips is None else num_clips
     check_amounts(dataset, wanted, batch_size)
@@ -134,7 +133,7 @@ def extract_frame_features(
     def encoded() -> Iterator[_Rows]:
         for clips in batches:
             batch = collate_frames(clips)
-            features = encode_frames(model, data, batch, time_base=time_base)
+            features = encode_frames(model, data, batch)
             yield _Rows(
                 torch.tensor([clip.index for clip in clips]),
                 torch.tensor([clip.label for clip in clips]),

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from kdcmae_fast.evaluation.clips import TimeBase, hears_frames
+from kdcmae_fast.evaluation.clips import hears_frames
 from kdcmae_fast.evaluation.feature_cache import FrameSettings, find_features
 from kdcmae_fast.evaluation.features import ClipFeatures
 from kdcmae_fast.evaluation.processes import launched_processes
@@ -35,7 +35,6 @@ def retrieve(
     strategy: Strategy | Literal["all"] | None = None,
     ties: Ties = "average",
     num_frames: int | None = None,
-    time_base: TimeBase = "true",
     features: str | Path | None = None,
     examples: int = EXAMPLES,
     output: str | Path | None = None,
@@ -45,7 +44,7 @@ def retrieve(
     strategy: how frames are compared; "all" ranks by each. None: "diagonal_mean" for CAV-MAE Sync,
         which has T frames and T segments of each clip, and one frame of each clip for the others,
         which with a strategy take T frames and the sound as a whole.
-    num_frames: T (None: as many as the dataset has). time_base: see `clips.encode_frames`.
+    num_frames: T (None: as many as the dataset has).
     features: folder that keeps features for the next time, by what they were made of.
     output: folder for metrics.json (None: writes nothing), and for `examples` queries of each
         direction with what was found for them.
@@ -63,13 +62,13 @@ def retrieve(
     frame_level = hears_frames(opened.model)
     if strategy is None and (frame_level or num_frames is not None):
         strategy = "diagonal_mean"
-    frames = None if strategy is None else FrameSettings(num_frames, time_base)
+    frames = None if strategy is None else FrameSettings(num_frames)
     found = find_features(source, opened, frames, folder=features, processes=processes)
     metrics: dict[str, Any] = {}
     if processes.is_main:
         metrics = {"command": "retrieve", **opened.described}
         if frames is not None:
-            metrics["frames"] = _described(found.features, frame_level, time_base)
+            metrics["frames"] = _described(found.features, frame_level, opened.data.time_base)
         if found.note:
             metrics["features"] = found.note
         metrics |= _ranked(opened, found.features, strategy, ties, examples, output)

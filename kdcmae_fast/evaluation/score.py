@@ -13,7 +13,7 @@ from kdcmae_fast.config import DataConfig
 from kdcmae_fast.data import BadClip, ClipError
 from kdcmae_fast.data.clip import SAMPLE_RATE
 from kdcmae_fast.data.media import MediaOptions
-from kdcmae_fast.evaluation.clips import TimeBase, collate_frames, encode_frames, hears_frames
+from kdcmae_fast.evaluation.clips import collate_frames, encode_frames, hears_frames
 from kdcmae_fast.evaluation.own_video import read_video_clip
 from kdcmae_fast.evaluation.ranking import Strategy, paired_frames
 from kdcmae_fast.evaluation.score_pictures import draw_pairs, draw_score
@@ -52,13 +52,11 @@ class Stretch:
 
     num_frames: T (None: data.num_frames). start, seconds: of the stretch in the file, as far as it
     goes (None: 10.24 s; a model that is no CAV-MAE Sync: as many as it hears at once).
-    time_base: where each frame's segment is, see `clips.encode_frames`.
     """
 
     num_frames: int | None = None
     start: float = 0.0
     seconds: float | None = None
-    time_base: TimeBase = "true"
 
     def __post_init__(self) -> None:
         if self.num_frames is not None and self.num_frames < 1:
@@ -109,7 +107,7 @@ def score_videos(
             "num_frames": len(used[0].times),
             "start": stretch.start,
             "audio": "a segment around each frame" if hears_frames(model) else "one vector",
-            "time_base": stretch.time_base,
+            "time_base": described["data"]["time_base"],
         },
     }
     if against is None:
@@ -143,7 +141,7 @@ def read_videos(
             continue
         with torch.inference_mode():
             batch = collate_frames([clip])
-            audio, video = encode_frames(model, data, batch, time_base=stretch.time_base)
+            audio, video = encode_frames(model, data, batch)
         seconds = len(clip.waveform) / SAMPLE_RATE
         times = batch.times[0]
         found[name] = VideoFeatures(name, audio[0].cpu(), video[0].cpu(), times, seconds)

@@ -164,7 +164,7 @@ def test_whatever_features_depend_on_changes_the_key(source, make_model, tmp_pat
         key(overrides=("train.seed=3",)),
         key(FrameSettings(4)),
         key(FrameSettings(5)),
-        key(FrameSettings(5, "compatible")),
+        key(FrameSettings(5), overrides=("data.time_base=compatible",)),
     ]
     model = make_model()
     with torch.no_grad():

@@ -104,7 +104,7 @@ def meter(make_model, monkeypatch, files):
     loudest = 10 * float(rows.unfold(0, 16, 1).mean((1, 2)).max()) / math.log(10)
     highest = level(np.arange(0, SECONDS, 0.5)).max()
     model.loud_offset = QUIET + (LOUD - QUIET) * highest - loudest
-    described = {"checkpoint": "meter", "data": {}}
+    described = {"checkpoint": "meter", "data": {"time_base": "true"}}
     monkeypatch.setattr(score_module, "open_model", lambda source: (model, data, 0, described))
     return EvaluationSource(checkpoint="meter")
 

@@ -32,7 +32,6 @@ def run(options: argparse.Namespace) -> None:
         options.output,
         frames=options.frames,
         num_frames=options.num_frames,
-        time_base=options.time_base,
     )
     if int(os.environ.get("RANK", 0)) > 0:
         return  # the first process speaks for all

@@ -48,20 +48,13 @@ def add_source(parser: argparse.ArgumentParser, default_clips: str) -> None:
 
 
 def add_frames(parser: argparse.ArgumentParser) -> None:
-    """Options that say which frames of a clip are taken, and which sound goes with them."""
+    """The option that says how many frames of a clip are taken."""
     parser.add_argument(
         "--num-frames",
         type=positive,
         metavar="T",
         help="frames of each clip, evenly spread (default: as many as the clips have, or "
         "data.num_frames)",
-    )
-    parser.add_argument(
-        "--time-base",
-        choices=("true", "compatible"),
-        default="true",
-        help="CAV-MAE Sync's segment of sound of a frame: around its real time, or where the "
-        "published evaluation has it, as if every clip were 10.24 s long",
     )
 
 

@@ -58,7 +58,6 @@ def run(options: argparse.Namespace) -> None:
         strategy=options.strategy,
         ties=options.ties,
         num_frames=options.num_frames,
-        time_base=options.time_base,
         features=options.features,
         examples=options.examples,
         output=options.output,

@@ -68,7 +68,6 @@ def run(options: argparse.Namespace) -> None:
         num_frames=options.num_frames,
         start=options.start,
         seconds=options.seconds,
-        time_base=options.time_base,
     )
     metrics = score_videos(
         source,
