@@ -35,11 +35,11 @@ def read_video(path: str, options: MediaOptions, rng: np.random.Generator) -> tu
     Two draws from `rng`: where the window lies in a file longer than a clip, and which of
     `num_frames` times in the window (the middles of equal parts) the frame is taken at.
     """
-    with _readable(path) as file:
+    with readable(path) as file:
         sound, picture = media_streams(file)
         window = choose_window(common_seconds(file, sound, picture), options.seconds, rng)
         share = (int(rng.integers(options.num_frames)) + 0.5) / options.num_frames
-        waveform, [(_, frame)] = _read_parts(file, (sound, picture), window, [share], options)
+        waveform, [(_, frame)] = read_parts(file, (sound, picture), window, [share], options)
     return waveform, frame
 
 
@@ -56,7 +56,7 @@ def read_video_frames(
     (None: at the start). numbers: n of the num_frames frames shown in the middles of equal parts.
     times: seconds from the window's start at which each frame's showing begins.
     """
-    with _readable(path) as file:
+    with readable(path) as file:
         sound, picture = media_streams(file)
         seconds = seconds_of_rows(max(CLIP_ROWS, options.audio_length))
         stated = common_seconds(file, sound, picture)
@@ -65,13 +65,13 @@ def read_video_frames(
         else:
             window = choose_window(stated, seconds, rng)
         shares = [(float(k) + 0.5) / num_frames for k in numbers]
-        waveform, shown = _read_parts(file, (sound, picture), window, shares, options)
+        waveform, shown = read_parts(file, (sound, picture), window, shares, options)
     times = np.asarray([time - window.start for time, _ in shown], dtype=np.float64)
     return waveform, torch.stack([frame for _, frame in shown]), times
 
 
 @contextmanager
-def _readable(path: str) -> Iterator[Any]:
+def readable(path: str) -> Iterator[Any]:
     """The container; what goes wrong in it becomes a MediaError."""
     import av
 
@@ -84,7 +84,7 @@ def _readable(path: str) -> Iterator[Any]:
         raise MediaError(f"cannot decode, truncated or damaged: {reason}") from error
 
 
-def _read_parts(
+def read_parts(
     container: Any,
     streams: tuple[Any, Any],
     window: Window,

@@ -98,7 +98,7 @@ def meter(make_model, monkeypatch, files):
     model = Meter(config).eval()
     data = DataConfig(dataset_mean=0.0, dataset_std=1.0, num_frames=20)
     model.loud_offset = 0.0
-    clip = read_video_clip(files[0], options(model), num_frames=20)
+    clip = read_video_clip(files[0], options(model), num_frames=20, seconds=SECONDS)
     # The filterbank's loudest quarter of a second is that of the highest level in the clip.
     rows = kaldi_fbank(clip.waveform[None], num_mel_bins=config.num_mel_bins)[0]
     loudest = 10 * float(rows.unfold(0, 16, 1).mean((1, 2)).max()) / math.log(10)
@@ -233,7 +233,9 @@ def test_bad_stretches_are_named(change, message):
 
 def test_a_stretch_behind_the_end_is_named(files, make_model):
     with pytest.raises(ClipError, match=r"10.00 s long: nothing from 60 s on"):
-        read_video_clip(files[0], options(make_model("cav_mae_sync")), num_frames=3, start=60.0)
+        read_video_clip(
+            files[0], options(make_model("cav_mae_sync")), num_frames=3, start=60.0, seconds=5.0
+        )
 
 
 def test_pictures_have_names_of_their_own():
