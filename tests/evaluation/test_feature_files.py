@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from kdcmae_fast.cli import main
 from kdcmae_fast.data import BadClip
-from kdcmae_fast.evaluation import ClipFeatures, load_features, save_features
+from kdcmae_fast.evaluation import (
+    ClipFeatures,
+    extract_frame_features,
+    load_features,
+    save_features,
+)
 from kdcmae_fast.evaluation.feature_cache import (
     FrameSettings,
     feature_key,
@@ -196,3 +202,30 @@ def test_the_list_s_content_is_in_the_key(source, tmp_path):
         (videos / "a.mp4").write_text(content)
         keys.add(feature_key(changed, open_source(changed), None))
     assert len(keys) == 2
+
+
+@pytest.mark.parametrize("output", ["x.npz", "folder"])
+def test_the_command_writes_what_was_extracted(source, output, tmp_path, capsys):
+    common = ["--checkpoint", source.checkpoint, "--device", "cpu", "--num-clips", "5"]
+    path = tmp_path / output
+    assert main(["features", *common, "--num-frames", "3", "--output", str(path)]) == 0
+    assert "audio (5, 16), video (5, 3, 16), times (5, 3)" in capsys.readouterr().out
+    opened = open_source(source)
+    assert_same(
+        load_features(path),
+        extract_frame_features(
+            opened.model, opened.dataset, opened.data, num_clips=5, num_frames=3
+        ),
+    )
+    if output == "folder":
+        metrics = json.loads((path / "metrics.json").read_text())
+        assert (metrics["command"], metrics["num_clips"]) == ("features", 5)
+    (tmp_path / "taken.npz").mkdir()
+    assert main(["features", *common, "--output", str(tmp_path / "taken.npz")]) == 1
+    assert "taken.npz is a folder" in capsys.readouterr().err
+
+
+def test_too_many_frames_are_an_error_before_long(source, tmp_path, capsys):
+    common = ["--checkpoint", source.checkpoint, "--output", str(tmp_path / "x.npz")]
+    assert main(["features", *common, "--num-frames", "0"]) == 1
+    assert "'0' is not a whole number above 0" in capsys.readouterr().err
