@@ -15,16 +15,20 @@ from kdcmae_fast.evaluation.plots import plot_losses
 from kdcmae_fast.evaluation.ranking import RetrievalScores, retrieval_scores
 from kdcmae_fast.evaluation.reconstruction import reconstruct
 from kdcmae_fast.evaluation.retrieval import retrieve
+from kdcmae_fast.evaluation.score import Stretch, score_videos
+from kdcmae_fast.evaluation.scoring import ClipScore, score_clip
 from kdcmae_fast.evaluation.sound_inversion import fbank_to_waveform
 from kdcmae_fast.evaluation.source import EvaluationSource
 from kdcmae_fast.evaluation.views import reconstruct_batch
 
 __all__ = [
     "ClipFeatures",
+    "ClipScore",
     "EvaluationSource",
     "Hiding",
     "OffsetScore",
     "RetrievalScores",
+    "Stretch",
     "best_offset",
     "best_offsets",
     "draw_clip",
@@ -41,4 +45,6 @@ __all__ = [
     "retrieval_scores",
     "retrieve",
     "save_features",
+    "score_clip",
+    "score_videos",
 ]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 EVALUATION_EPOCH = 0  # the epoch a dataset is read as: fixes which frame of a clip is taken
 
 Read = TypeVar("Read", "Clip", "ClipFrames")
-Batch = TypeVar("Batch", "RawBatch", "list[ClipFrames]")
+Batch = TypeVar("Batch")
 
 
 def read_batches(

@@ -16,6 +16,7 @@ from kdcmae_fast.data.media import MediaOptions
 from kdcmae_fast.evaluation.clips import collate_frames, encode_frames, hears_frames
 from kdcmae_fast.evaluation.own_video import read_video_clip
 from kdcmae_fast.evaluation.ranking import Strategy, paired_frames
+from kdcmae_fast.evaluation.reading import with_bar
 from kdcmae_fast.evaluation.score_pictures import draw_pairs, draw_score
 from kdcmae_fast.evaluation.scoring import score_clip
 from kdcmae_fast.evaluation.source import (
@@ -94,7 +95,7 @@ def score_videos(
     model, data, _, described = open_model(source)
     rows, columns = ([os.fspath(name) for name in names] for names in (videos, against or ()))
     files = list(dict.fromkeys([*rows, *columns]))
-    found, bad = read_videos(model, data, files, stretch)
+    found, bad = read_videos(model, data, files, stretch, progress=source.progress)
     used = [found[name] for name in rows if name in found]
     others = [found[name] for name in columns if name in found]
     if not used or (against is not None and not others):
@@ -120,14 +121,22 @@ def score_videos(
 
 
 def read_videos(
-    model: CavMae, data: DataConfig, files: Sequence[str], stretch: Stretch
+    model: CavMae,
+    data: DataConfig,
+    files: Sequence[str],
+    stretch: Stretch,
+    *,
+    progress: bool = False,
 ) -> tuple[dict[str, VideoFeatures], list[BadClip]]:
-    """Features of each file by its name, and the files that cannot be used."""
+    """Features of each file by its name, and the files that cannot be used.
+
+    progress: show a bar on stderr.
+    """
     options = MediaOptions.of(data, model.config)
     whole = DEFAULT_SECONDS if hears_frames(model) else options.seconds
     found: dict[str, VideoFeatures] = {}
     bad = []
-    for name in files:
+    for name in with_bar(files, len(files), lambda _: 1) if progress else files:
         try:
             clip = read_video_clip(
                 name,

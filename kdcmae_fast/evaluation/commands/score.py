@@ -63,6 +63,7 @@ def run(options: argparse.Namespace) -> None:
         recipe=options.recipe,
         overrides=tuple(options.settings),
         device=options.device,
+        progress=sys.stderr.isatty() and len(options.videos) > 1,
     )
     stretch = Stretch(
         num_frames=options.num_frames,
