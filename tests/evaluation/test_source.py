@@ -84,3 +84,13 @@ def test_devices():
         pick_device("gpu")
     with pytest.raises(ValueError, match="--device cuda:99 is not here"):
         pick_device("cuda:99")
+
+
+def test_each_process_of_a_launcher_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert str(pick_device("auto")) == "cuda"
+    for local_rank, device in (("0", "cuda:0"), ("3", "cuda:3"), ("5", "cuda:1")):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert str(pick_device("auto")) == device
