@@ -32,8 +32,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, 0 only on success.
 
-    arguments: those of this process if None; after `pretrain` it then ends at once, as the script
-    does (`training.distributed.leave`), instead of returning.
+    arguments: those of this process if None; after `pretrain` and `finetune` it then ends at once,
+    as the scripts do (`training.distributed.leave`), instead of returning.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (Exception, KeyboardInterrupt) as error:
         return report_error(error, debug=debug)
-    if arguments is None and _command(sys.argv[1:]) == "pretrain":
+    if arguments is None and _command(sys.argv[1:]) in SCRIPTS:
         from kdcmae_fast.training.distributed import leave
 
         leave(code)
@@ -82,11 +82,10 @@ def _run(arguments: list[str]) -> int:
         build_parser().parse_args(arguments)
         raise AssertionError("unreachable: the parser knows no other command")
     arguments.remove(command)
-    if command == "pretrain":
+    if command in SCRIPTS:
         # The script's own command line; nothing here reads those arguments.
-        from kdcmae_fast.pretrain import main as pretrain
-
-        return pretrain(arguments)
+        code: int = importlib.import_module(SCRIPTS[command]).main(arguments)
+        return code
     COMMANDS[command].run(build_parser(command).parse_intermixed_args(arguments))
     return 0
 
@@ -236,22 +235,30 @@ def _of_module(summary: str, name: str) -> Command:
     return Command(summary, add_arguments, run)
 
 
-def _pretrain_parses_itself(_: Any) -> None:
+def _parses_itself(_: Any) -> None:
     raise AssertionError("unreachable: `_run` hands the arguments on")
 
 
 DATA = "kdcmae_fast.data"
 EVALUATION = "kdcmae_fast.evaluation.commands"
+SCRIPTS = {"pretrain": "kdcmae_fast.pretrain", "finetune": "kdcmae_fast.finetune"}
 
 COMMANDS = {
     "pretrain": Command(
         "pretrain a model; takes what kdcmae_fast/pretrain.py takes",
-        _pretrain_parses_itself,
-        _pretrain_parses_itself,
+        _parses_itself,
+        _parses_itself,
+    ),
+    "finetune": Command(
+        "fine-tune a pretrained model; takes what kdcmae_fast/finetune.py takes",
+        _parses_itself,
+        _parses_itself,
     ),
     "prepare": _of_module("make a dataset of videos", f"{DATA}.prepare.command"),
     "doctor": _of_module("check a dataset before a run", f"{DATA}.doctor.command"),
     "datasets": _of_module("published datasets, and lists of them", f"{DATA}.datasets.command"),
+    "classify": _of_module("what a fine-tuned model makes of clips", f"{EVALUATION}.classify"),
+    "average": _of_module("mean of the weights of several epochs", f"{EVALUATION}.average"),
     "retrieve": _of_module("cross-modal retrieval, both ways", f"{EVALUATION}.retrieve"),
     "inpaint": _of_module(
         "hide parts of clips, fill them in: pictures and sounds", f"{EVALUATION}.inpaint"

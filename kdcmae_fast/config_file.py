@@ -1,7 +1,8 @@
-"""Recipes (YAML) and `key=value` arguments into a `RunConfig`, strictly.
+"""Recipes (YAML) and `key=value` arguments into a run's settings, strictly.
 
-Later layers win: field defaults < system < preset sizes < recipe < arguments. Every mistake is a
-ValueError of one line that names the file or argument, the dotted key and what was expected.
+Later layers win: field defaults < system < preset sizes < start model < recipe < arguments. Every
+mistake is a ValueError of one line that names the file or argument, the dotted key and what was
+expected.
 YAML here is the JSON-like core of YAML 1.2: only `true` and `false` are booleans (`on` is a word),
 `1e-4` is a number, and a key written twice is an error.
 """
@@ -13,14 +14,17 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import pydantic
 import yaml
 
 from kdcmae_fast.config import PRESETS, SYSTEMS, RunConfig
+from kdcmae_fast.finetune_config import CLASSIFIERS, FinetuneRunConfig
 
 Settings = dict[str, Any]  # nested: section -> key -> value
+AnyRunConfig = RunConfig | FinetuneRunConfig
+Config = TypeVar("Config", RunConfig, FinetuneRunConfig)
 
 # Setting one of these drops the other from the layers below.
 EXCLUSIVE = {"steps": "epochs", "epochs": "steps"}
@@ -59,7 +63,7 @@ _EXPECTED = {
 def load_config(
     recipe: str | Path | Mapping[str, Any], arguments: Sequence[str] = (), *, origin: str = "recipe"
 ) -> RunConfig:
-    """Read a run's settings.
+    """Read a pretraining run's settings.
 
     Args:
         recipe: a YAML file, or the mapping it would hold.
@@ -71,6 +75,21 @@ def load_config(
         ValueError: an unknown key, a wrong type or an impossible value, with where it came from.
         FileNotFoundError: no such recipe.
     """
+    return load_settings(RunConfig, recipe, arguments, origin=origin)
+
+
+def load_settings(
+    kind: type[Config],
+    recipe: str | Path | Mapping[str, Any],
+    arguments: Sequence[str] = (),
+    *,
+    origin: str = "recipe",
+    start_model: Mapping[str, Any] | None = None,
+) -> Config:
+    """`load_config` for any kind of run.
+
+    start_model: `model` settings of the model that the run starts from, beneath the recipe's.
+    """
     if isinstance(recipe, Mapping):
         settings = merge({}, recipe, exclusive=False)
     else:
@@ -78,16 +97,18 @@ def load_config(
     origins = dict.fromkeys(_dotted_keys(settings), origin)
     overrides: Settings = {}
     for argument in arguments:
-        key, value = parse_argument(argument)
+        key, value = parse_argument(argument, kind)
         merge(overrides, _nested(key, value), exclusive=False)
         origins[key] = f"argument {argument}"
     merge(settings, overrides)
-    defaults = _defaults(settings, origins)
-    return _validate(merge(defaults, settings), origins, origin)
+    defaults = _defaults(settings, origins, kind)
+    if start_model:
+        merge(defaults, {"model": start_model})
+    return _validate(merge(defaults, settings), origins, origin, kind)
 
 
-def settings_of(config: RunConfig) -> Settings:
-    """The nested plain-data form of `config`, which `load_config` reads back."""
+def settings_of(config: AnyRunConfig) -> Settings:
+    """The nested plain-data form of `config`, which `load_settings` reads back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
@@ -107,12 +128,12 @@ def read_yaml(path: str | Path) -> Settings:
     return settings
 
 
-def parse_argument(argument: str) -> tuple[str, Any]:
+def parse_argument(argument: str, kind: type = RunConfig) -> tuple[str, Any]:
     """`section.key=value` -> its dotted key and value."""
     key, equals, text = argument.partition("=")
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
         raise ValueError(f"argument {argument}: expected key=value, as in train.steps=100")
-    if _is_text(_annotation(key)):
+    if _is_text(_annotation(key, kind)):
         return key, text
     return key, parse_value(text, argument)
 
@@ -145,11 +166,11 @@ def did_you_mean(word: str, known: Sequence[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
-def _defaults(settings: Settings, origins: Mapping[str, str]) -> Settings:
+def _defaults(settings: Settings, origins: Mapping[str, str], kind: type) -> Settings:
     """What the system and the preset named in `settings` put under `model`."""
     model: Settings = {}
-    for field, table in (("name", SYSTEMS), ("preset", PRESETS)):
-        default = next(f.default for f in dataclasses.fields(RunConfig) if f.name == field)
+    for field, table in (("name", _systems(kind)), ("preset", PRESETS)):
+        default = next(f.default for f in dataclasses.fields(kind) if f.name == field)
         value = settings.get(field, default)
         if not isinstance(value, str) or value not in table:
             raise ValueError(
@@ -163,25 +184,36 @@ def _defaults(settings: Settings, origins: Mapping[str, str]) -> Settings:
     return {"model": model}
 
 
+def _systems(kind: type) -> Mapping[str, Mapping[str, object]]:
+    """The names a run of this kind may have, and what each sets."""
+    if kind is RunConfig:
+        return SYSTEMS
+    return {name: SYSTEMS[name.removesuffix("_classifier")] for name in CLASSIFIERS}
+
+
 @functools.cache
-def _adapter() -> pydantic.TypeAdapter[RunConfig]:
-    return pydantic.TypeAdapter(RunConfig)
+def _adapter(kind: type) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(kind)
 
 
-def _validate(settings: Settings, origins: Mapping[str, str], recipe: str) -> RunConfig:
+def _validate(
+    settings: Settings, origins: Mapping[str, str], recipe: str, kind: type[Config]
+) -> Config:
     try:
         # Through JSON, pydantic's strict mode still reads a list as a tuple and 1 as a float.
-        config = _adapter().validate_json(json.dumps(settings, default=str))
+        config: Config = _adapter(cast(type, kind)).validate_json(json.dumps(settings, default=str))
     except pydantic.ValidationError as error:
         problems = error.errors(include_url=False)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ValueError(_explain(problems[0], origins, recipe) + more) from None
+        raise ValueError(_explain(problems[0], origins, recipe, kind) + more) from None
     if config.train.steps is None and config.train.epochs is None:
         raise ValueError(f"{recipe}: train.steps or train.epochs must say how long to train")
     return config
 
 
-def _explain(problem: Mapping[str, Any], origins: Mapping[str, str], recipe: str) -> str:
+def _explain(
+    problem: Mapping[str, Any], origins: Mapping[str, str], recipe: str, kind: type
+) -> str:
     """One line for one of pydantic's error records."""
     path = [str(part) for part in problem["loc"]]
     key = ".".join(path)
@@ -190,7 +222,7 @@ def _explain(problem: Mapping[str, Any], origins: Mapping[str, str], recipe: str
         key = ".".join([*path, re.split(r"[= ]", text)[0]])
         text = ".".join([*path, text])
     elif problem["type"] == "unexpected_keyword_argument":
-        text = f"unknown setting {key}{_unknown_hint(path)}"
+        text = f"unknown setting {key}{_unknown_hint(path, kind)}"
     else:
         expected = _EXPECTED.get(problem["type"]) or problem["msg"]
         if problem["type"] == "literal_error":
@@ -199,16 +231,16 @@ def _explain(problem: Mapping[str, Any], origins: Mapping[str, str], recipe: str
     return f"{_origin(key, origins, recipe)}: {text}"
 
 
-def _unknown_hint(path: Sequence[str]) -> str:
+def _unknown_hint(path: Sequence[str], kind: type) -> str:
     *parents, word = path
     owner = DEEPSPEED_OWNS.get(word)
     if owner:
         return f": DeepSpeed's JSON owns it; set it there or pass ds.{owner}=..."
-    group = _annotation(".".join(parents)) if parents else RunConfig
+    group = _annotation(".".join(parents), kind) if parents else kind
     here = did_you_mean(word, list(_fields(group)), "".join(f"{p}." for p in parents))
     if here:
         return here
-    homes = [key for key in _schema_keys(RunConfig) if key.rsplit(".", 1)[-1] == word]
+    homes = [key for key in _schema_keys(kind) if key.rsplit(".", 1)[-1] == word]
     return f"; did you mean {homes[0]}?" if homes else ""
 
 
@@ -251,9 +283,8 @@ def _schema_keys(group: Any, prefix: str = "") -> Iterator[str]:
         yield from _schema_keys(kind, f"{prefix}{name}.")
 
 
-def _annotation(key: str) -> Any:
-    """The type of a dotted key; None if there is no such setting."""
-    kind: Any = RunConfig
+def _annotation(key: str, kind: Any) -> Any:
+    """The type of a dotted key of a settings class; None if there is no such setting."""
     for part in key.split("."):
         kind = _fields(kind).get(part)
     return kind

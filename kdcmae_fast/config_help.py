@@ -10,18 +10,22 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kdcmae_fast.config import PRESETS, SYSTEMS, RunConfig
 from kdcmae_fast.config_file import did_you_mean
+from kdcmae_fast.finetune_config import FinetuneRunConfig
 
 
 def settings_help(prefix: str = "") -> str:
     """One line per setting under `prefix` ("" is all): key = default, then unit or meaning.
 
+    What only fine-tuning has comes after what pretraining has.
+
     Raises ValueError when no setting starts with `prefix`.
     """
-    rows = [row for row in _rows(RunConfig) if f"{row[0]}.".startswith(f"{prefix}." * bool(prefix))]
+    all_rows = list(_all_rows())
+    rows = [row for row in all_rows if f"{row[0]}.".startswith(f"{prefix}." * bool(prefix))]
     if not rows:
-        known = [key for key, _, _ in _rows(RunConfig)]
+        known = [key for key, _, _ in all_rows]
         known += {key.rpartition(".")[0]: None for key in known if "." in key}
-        groups = ", ".join(field.name for field in dataclasses.fields(RunConfig))
+        groups = ", ".join(field.name for field in dataclasses.fields(FinetuneRunConfig))
         hint = did_you_mean(prefix, known) or f"; the groups are {groups}"
         raise ValueError(f"there is no setting {prefix}{hint}")
     width = min(44, max(len(f"{key} = {value}") for key, value, _ in rows))
@@ -58,9 +62,24 @@ def _changes(prefix: str, sets: Mapping[str, Any]) -> Iterator[str]:
             yield f"{prefix}.{key}={_shown(value)}"
 
 
+def _all_rows() -> Iterator[tuple[str, str, str]]:
+    """Settings of both kinds of run, each once."""
+    seen = set()
+    for row in _rows(RunConfig):
+        seen.add(row[0])
+        yield row
+    for key, value, comment in _rows(FinetuneRunConfig):
+        if key not in seen:
+            yield key, value, f"fine-tuning: {comment}"
+
+
 def _rows(group: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """(dotted key, default, comment) of a settings class and the groups in it."""
-    comments, hints = _comments(group), get_type_hints(group)
+    hints = get_type_hints(group)
+    comments: dict[str, str] = {}
+    for ancestor in reversed(group.__mro__):
+        if dataclasses.is_dataclass(ancestor):
+            comments |= _comments(ancestor)
     groups = {}
     for field in dataclasses.fields(group):
         key, hint = f"{prefix}{field.name}", hints[field.name]
@@ -85,7 +104,7 @@ def _shown(value: Any) -> str:
 def _comments(group: type) -> dict[str, str]:
     """The comment at the end of each field's line in the source of a settings class."""
     found: dict[str, str] = {}
-    names = {field.name for field in dataclasses.fields(group)}
+    names = {field.name for field in dataclasses.fields(group)} & set(group.__annotations__)
     source = inspect.cleandoc("\n" + inspect.getsource(group))
     first = ""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import kdcmae_fast
-from kdcmae_fast.cli import COMMANDS, main
+from kdcmae_fast.cli import COMMANDS, SCRIPTS, main
 from kdcmae_fast.config import RunConfig
 from kdcmae_fast.models import build_model
 
@@ -46,7 +46,7 @@ def test_help_lists_every_command(kdcmae):
     assert kdcmae("--version")[:2] == (0, f"kdcmae {kdcmae_fast.__version__}\n")
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"pretrain"}))
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - set(SCRIPTS)))
 def test_every_command_has_help(kdcmae, command):
     code, out, _ = kdcmae(command, "--help")
     assert code == 0
@@ -189,11 +189,12 @@ def test_settings_shows_every_field_and_its_comment(kdcmae):
     assert all(line.startswith("model.distill.") for line in only.splitlines())
 
 
-def test_pretrain_hands_its_arguments_on(kdcmae, monkeypatch):
-    pretrain = pytest.importorskip("kdcmae_fast.pretrain")
+@pytest.mark.parametrize("command", sorted(SCRIPTS))
+def test_scripts_are_handed_their_arguments(kdcmae, monkeypatch, command):
+    script = pytest.importorskip(SCRIPTS[command])
     seen = []
-    monkeypatch.setattr(pretrain, "main", lambda arguments: seen.append(arguments) or 3)
-    assert kdcmae("pretrain", "--resume", "train.steps=1", "--debug")[0] == 3
+    monkeypatch.setattr(script, "main", lambda arguments: seen.append(arguments) or 3)
+    assert kdcmae(command, "--resume", "train.steps=1", "--debug")[0] == 3
     assert seen == [["--resume", "train.steps=1", "--debug"]]
 
 

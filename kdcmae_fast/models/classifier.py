@@ -66,6 +66,9 @@ class CavMaeClassifier(PretrainedModel):
     ) -> Tensor:
         """Logits (B, C) of clips fbank (B, T, F) and frames (B, 3, H, W).
 
+        frames (B, N, 3, H, W), N of each clip: logits (B, N, C), of every frame with the whole
+        sound, whose stream runs once. In a mode that reads no video they stay (B, C).
+
         multimodal: both, joint norms. audio, video: one modality, its own norms.
         missing_video, missing_audio: for a model trained on both, where only the other modality is
         given: mean of the joint-norm and the own-norm pass.
@@ -78,8 +81,15 @@ class CavMaeClassifier(PretrainedModel):
         missing = [{"audio": "fbank", "video": "frames"}[m] for m in reads if given[m] is None]
         if missing:
             raise ValueError(f"mode={mode!r} needs {' and '.join(missing)}, got None")
+        count = 0  # frames of each clip, 0 where there is no such axis
+        if frames is not None and frames.ndim == 5 and "video" in reads:
+            count = frames.shape[1]
+            given["video"] = frames.flatten(0, 1)
         tokens = [getattr(self.encoder, m)(given[m]) for m in reads]
+        if count and "audio" in reads:
+            tokens[0] = tokens[0].repeat_interleave(count, dim=0)
         x = torch.cat(tokens, dim=1) if len(tokens) > 1 else tokens[0]
         passes = self.encoder.shared(dict.fromkeys(streams, x))
         pooled = torch.stack([pool(x) for x in passes.values()]).mean(dim=0)
-        return self.head(pooled)
+        logits = self.head(pooled)
+        return logits.unflatten(0, (-1, count)) if count else logits

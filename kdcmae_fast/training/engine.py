@@ -1,15 +1,15 @@
-"""The pretraining run: prepare, train, write the results. Reads from top to bottom."""
+"""A training run: prepare, train, write the results. Reads from top to bottom."""
 
 import logging
 from contextlib import closing
 from pathlib import Path
 
+from torch import Tensor
 from torch import distributed as dist
 
 from kdcmae_fast.config import RunConfig
 from kdcmae_fast.config_file import Settings
-from kdcmae_fast.data import BadClip, FrontEnd
-from kdcmae_fast.models import build_model
+from kdcmae_fast.data import BadClip
 from kdcmae_fast.training import checkpoint, report
 from kdcmae_fast.training.distributed import World, gather_lists, join_world
 from kdcmae_fast.training.optimizers import set_learning_rate
@@ -18,6 +18,7 @@ from kdcmae_fast.training.run import Run, batches_of, prepare, tracker_of
 from kdcmae_fast.training.schedule import lr_factor
 from kdcmae_fast.training.step import Meter, train_step
 from kdcmae_fast.training.stopping import StopRequest
+from kdcmae_fast.training.task import Pretraining, Task
 from kdcmae_fast.training.weights import full_weights
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,14 @@ def pretrain(
     resume: bool = False,
     profile: bool = False,
 ) -> World:
-    """Train `config` on every process of the launch and fill the run folder `output`.
+    """Pretrain `config` on every process of the launch; see `run_task`."""
+    return run_task(Pretraining(config), deepspeed, output, resume=resume, profile=profile)
+
+
+def run_task(
+    task: Task, deepspeed: Settings, output: Path, *, resume: bool = False, profile: bool = False
+) -> World:
+    """Train on every process of the launch and fill the run folder `output`.
 
     deepspeed: DeepSpeed's JSON as `load_deepspeed_config` reads it.
     resume: go on from the newest complete checkpoint in `output`, if there is one.
@@ -43,7 +51,7 @@ def pretrain(
     """
     world = join_world()
     with StopRequest() as stop:
-        run = prepare(config, deepspeed, output, world, resume=resume)
+        run = prepare(task, deepspeed, output, world, resume=resume)
         if run is None:
             logger.info("%s: the run is finished, nothing to do", output)
         elif train(run, stop, profile=profile):
@@ -56,7 +64,8 @@ def pretrain(
 def train(run: Run, stop: StopRequest, *, profile: bool) -> bool:
     """All steps that remain; False if the run was asked to stop before the last one."""
     total = run.length.total_steps
-    front_end = FrontEnd(run.config.data, run.config.model)
+    task = run.task
+    front_end = task.front_end()
     meter = Meter(run.length, run.world, run.first_step)
     contrast_over = run.config.train.contrast_over
     new_bad: list[BadClip] = []
@@ -69,20 +78,32 @@ def train(run: Run, stop: StopRequest, *, profile: bool) -> bool:
             lr = _learning_rate(run, step)
             set_learning_rate(run.engine.optimizer, lr)
             losses, bad = train_step(
-                run.engine, batches, front_end, run.world, step, contrast_over=contrast_over
+                run.engine,
+                batches,
+                front_end,
+                run.world,
+                step,
+                contrast_over=contrast_over,
+                forward=task.forward,
             )
             new_bad += bad
             trace.step()
             done = step + 1
             saving = done == total or _due(done, run.config.train.checkpoint_every)
-            if not (saving or step == 0 or _due(done, run.config.train.log_every)):
+            epoch = run.length.epoch_ended(done) if task.watches_epochs else 0
+            if not (saving or epoch or step == 0 or _due(done, run.config.train.log_every)):
                 continue
 
             # From here on the host waits for the device and the ranks agree on what happened.
             flags = {"bad": len(new_bad), "stop": int(stop.requested)}
             record, counts = meter.record(done, losses, lr, flags)
             norm = run.engine.get_global_grad_norm()
-            tracker.write(record if norm is None else {**record, "grad_norm": float(norm)})
+            if norm is not None:
+                record["grad_norm"] = float(norm)
+            if epoch:  # before the checkpoint: a run killed in between does it again
+                record.update(task.end_epoch(run, epoch))
+                meter.restart()
+            tracker.write(record)
             if counts["bad"]:
                 _report_bad_clips(run, new_bad, done)
                 new_bad = []
@@ -120,9 +141,12 @@ def finish(run: Run) -> None:
     """The final fp32 weights as a model folder, then metrics.json, which marks the run finished."""
     weights = full_weights(run.engine, on_main=run.world.is_main)
     if run.world.is_main:
-        model = build_model(run.config.name, run.config.preset, **vars(run.config.model))
-        model.save_pretrained(run.output / "model", state_dict={**run.untrained, **weights})
+        write_model(run, run.output / "model", weights)
+    more = run.task.finish(run)
+    if run.world.is_main:
         figures = {
+            "command": run.task.command,
+            **more,
             "steps": run.length.total_steps,
             "samples": run.length.total_steps * run.length.samples_per_step,
             "world_size": run.world.size,
@@ -131,6 +155,12 @@ def finish(run: Run) -> None:
         report.write_metrics(run.output, figures, run.settings)
         logger.info("%s: finished; weights in model/, figures in metrics.json", run.output)
     dist.barrier()
+
+
+def write_model(run: Run, folder: Path, weights: dict[str, Tensor]) -> None:
+    """A model folder of `full_weights` and what is not trained; on one rank."""
+    model = run.task.empty_model()
+    model.save_pretrained(folder, state_dict={**run.untrained, **weights})
 
 
 def _learning_rate(run: Run, step: int) -> float:

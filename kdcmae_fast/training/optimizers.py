@@ -1,5 +1,6 @@
 """Optimizers by name, over parameter groups, for DeepSpeed to shard."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,12 @@ ParamGroup = dict[str, Any]
 
 
 def build_optimizer(
-    model: nn.Module, optim: OptimConfig, *, zero_stage: int, bf16: bool
+    model: nn.Module,
+    optim: OptimConfig,
+    *,
+    zero_stage: int,
+    bf16: bool,
+    lr_scale: Callable[[str], float] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer that `optim.name` asks for.
 
@@ -20,12 +26,12 @@ def build_optimizer(
     lamb: DeepSpeed's fused LAMB. apex_fused_lamb: apex's. Their trust ratio is per parameter, so
         they need the parameters whole: fp32 and ZeRO stage 0.
 
+    lr_scale: the name of a parameter -> its rate as a multiple of everybody's; kept in its group
+    as "lr_scale". None: 1 for all. Parameters that need no gradient are left out.
+
     Raises ValueError when an optimizer is not installed or cannot work as configured.
     """
-    if optim.name == "adam":
-        groups: list[ParamGroup] = [{"params": list(model.parameters())}]
-    else:
-        groups = _decay_matrices_only(model, optim.weight_decay)
+    groups = _groups(model, optim, lr_scale)
     settings: dict[str, Any] = {
         "lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay
     }  # fmt: skip
@@ -42,22 +48,29 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:
-    """One rate for every parameter group of a torch or DeepSpeed optimizer."""
+    """The rate of every parameter group of a torch or DeepSpeed optimizer, each with its scale."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def _decay_matrices_only(model: nn.Module, weight_decay: float) -> list[ParamGroup]:
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in model.parameters():
+def _groups(
+    model: nn.Module, optim: OptimConfig, lr_scale: Callable[[str], float] | None
+) -> list[ParamGroup]:
+    """One group per rate; for all but adam the vectors, which do not decay, in one of their own."""
+    found: dict[float, tuple[list[nn.Parameter], list[nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_vector = parameter.numel() == max(parameter.shape, default=1)
-        (vectors if is_vector else matrices).append(parameter)
+        lists = found.setdefault(1.0 if lr_scale is None else lr_scale(name), ([], []))
+        lists[is_vector and optim.name != "adam"].append(parameter)
     groups: list[ParamGroup] = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+        for scale, lists in found.items()
+        for parameters, decay in zip(lists, (optim.weight_decay, 0.0), strict=True)
+        if parameters
     ]
-    return [group for group in groups if group["params"]]
+    return groups
 
 
 def _lamb_class(name: str) -> Any:

@@ -25,7 +25,6 @@ def write_metrics(output: Path, figures: Mapping[str, Any], settings: Mapping[st
     }
     rates = [record["clips_per_second"] for record in records[1:]]
     record = {
-        "command": "pretrain",
         **figures,
         **losses,
         "clips_per_second": statistics.median(rates) if rates else None,

@@ -10,17 +10,14 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from kdcmae_fast.config import RunConfig
-from kdcmae_fast.config_file import Settings
+from kdcmae_fast.config_file import AnyRunConfig, Settings
 from kdcmae_fast.data import (
     BadClip,
     BadClips,
     ClipDataset,
     RawBatch,
     make_loader,
-    open_dataset,
 )
-from kdcmae_fast.data.pairs import check_stored_frames
 from kdcmae_fast.kernels.attention.backends import problem
 from kdcmae_fast.kernels.attention.op import HALF_ONLY
 from kdcmae_fast.training import checkpoint, deepspeed_config, report, run_folder
@@ -28,8 +25,9 @@ from kdcmae_fast.training.distributed import World
 from kdcmae_fast.training.optimizers import build_optimizer
 from kdcmae_fast.training.schedule import RunLength, run_length
 from kdcmae_fast.training.stopping import shielded_children
+from kdcmae_fast.training.task import Task
 from kdcmae_fast.training.tracking import Tracker, open_tracker
-from kdcmae_fast.training.weights import initial_model, untrained_tensors
+from kdcmae_fast.training.weights import untrained_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +36,8 @@ logger = logging.getLogger(__name__)
 class Run:
     """Everything a run is made of, the same on every rank but for `world.rank`."""
 
-    config: RunConfig
+    task: Task
+    config: AnyRunConfig
     settings: Settings  # both sources of truth, as config.json holds them
     output: Path
     world: World
@@ -51,23 +50,23 @@ class Run:
 
 
 def prepare(
-    config: RunConfig, deepspeed: Settings, output: Path, world: World, *, resume: bool
+    task: Task, deepspeed: Settings, output: Path, world: World, *, resume: bool
 ) -> Run | None:
     """Build the run or take it up again; None if it is finished already."""
+    config = task.config
     deepspeed_config.check_zero_settings(deepspeed)
     _check_attention(config.model.attention_impl, world, bf16=deepspeed_config.uses_bf16(deepspeed))
     start = run_folder.find_checkpoint(output, resume=resume)
     if start is not None:
         run_folder.check_same_run(output, config)
-    dataset = open_dataset(config.data, config.model, seed=config.train.seed)
-    if config.pairs_frames:
-        check_stored_frames(dataset, config.data.num_frames)
+    dataset = task.open_clips()
     length = run_length(
         config.train,
         num_clips=len(dataset),
         global_batch=deepspeed["train_micro_batch_size_per_gpu"] * world.size,
         accumulation=deepspeed_config.accumulation_of(deepspeed),
     )
+    task.check(length)
     if start is not None and report.finished_steps(output) == length.total_steps:
         return None
     zero_stage = deepspeed_config.zero_stage_of(deepspeed)
@@ -81,11 +80,12 @@ def prepare(
         checkpoint.clear_leftovers(output / "checkpoints")
         report.write_config(output, settings)
 
-    model = initial_model(config, resumed=start is not None)
+    model = task.initial_model(resumed=start is not None)
+    task.connect(model, world)
     untrained = untrained_tensors(model)
     bad_clips = BadClips(len(dataset), config.data.max_bad_share)
     convert = progress is not None and checkpoint.needs_conversion(progress, world, zero_stage)
-    engine = _build_engine(model, config, deepspeed, world, load_universal=convert)
+    engine = _build_engine(model, task, deepspeed, world, load_universal=convert)
     first_step = 0
     if start is not None and progress is not None:
         checkpoint.load_checkpoint(engine, start, world, convert=convert)
@@ -94,8 +94,9 @@ def prepare(
         first_step = progress.step
         logger.info("resumed from %s", start)
     return Run(
-        config, settings, output, world, dataset, length, engine, untrained, bad_clips, first_step
-    )
+        task, config, settings, output, world, dataset, length, engine, untrained, bad_clips,
+        first_step,
+    )  # fmt: skip
 
 
 def _check_attention(impl: str, world: World, *, bf16: bool) -> None:
@@ -108,24 +109,23 @@ def _check_attention(impl: str, world: World, *, bf16: bool) -> None:
 
 
 def _build_engine(
-    model: Any, config: RunConfig, deepspeed: Settings, world: World, *, load_universal: bool
+    model: Any, task: Task, deepspeed: Settings, world: World, *, load_universal: bool
 ) -> Any:
     import deepspeed as ds
 
-    if config.model.negatives == "global" and world.size > 1:
-        model.contrast_group = dist.group.WORLD
     optimizer = build_optimizer(
         model,
-        config.optim,
+        task.config.optim,
         zero_stage=deepspeed_config.zero_stage_of(deepspeed),
         bf16=deepspeed_config.uses_bf16(deepspeed),
+        lr_scale=task.lr_scale,
     )
     engine, *_ = ds.initialize(
         model=model,
         optimizer=optimizer,
         config=deepspeed_config.for_engine(deepspeed, load_universal=load_universal),
     )
-    torch.manual_seed(config.train.seed + 1 + world.rank)
+    torch.manual_seed(task.config.train.seed + 1 + world.rank)
     return engine
 
 

@@ -5,8 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kdcmae_fast.config import RunConfig
-from kdcmae_fast.config_file import Settings, settings_of
+from kdcmae_fast.config_file import AnyRunConfig, Settings, settings_of
 from kdcmae_fast.training.checkpoint import Progress, complete_checkpoints
 from kdcmae_fast.training.provenance import git_commit, versions
 from kdcmae_fast.training.schedule import RunLength
@@ -16,10 +15,12 @@ FREE = (
     "train.steps", "train.epochs", "train.log_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.wandb", "train.init_from",
     "data.num_workers", "data.path", "data.label_csv",
+    "train.keep_epochs", "data.eval_path", "data.eval_clips", "data.eval_frames",
+    "data.eval_batch_size",
 )  # fmt: skip
 
 
-def all_settings(config: RunConfig, deepspeed: Mapping[str, Any]) -> Settings:
+def all_settings(config: AnyRunConfig, deepspeed: Mapping[str, Any]) -> Settings:
     """What config.json and every checkpoint hold: both sources of truth, versions and commit."""
     return {
         "config": settings_of(config),
@@ -63,7 +64,7 @@ def find_checkpoint(output: Path, *, resume: bool) -> Path | None:
     return checkpoints[0] if checkpoints else None
 
 
-def check_same_run(output: Path, config: RunConfig) -> None:
+def check_same_run(output: Path, config: AnyRunConfig) -> None:
     """ValueError naming the settings that differ from the run in `output` and may not."""
     saved = saved_settings(output)
     if saved is None:

@@ -28,6 +28,14 @@ class RunLength(NamedTuple):
         """The epoch, from 0, in which optimizer step `step` (from 0) begins."""
         return step * self.accumulation // self.batches_per_epoch
 
+    def epoch_ended(self, done: int) -> int:
+        """The epoch, from 1, that ends with the first `done` steps; 0 if none does.
+
+        The last step of the run ends the epoch it is in.
+        """
+        epoch = self.epoch(done - 1) + 1
+        return epoch if done == self.total_steps or self.epoch(done) >= epoch else 0
+
 
 def run_length(
     train: TrainConfig, *, num_clips: int, global_batch: int, accumulation: int

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdcmae_fast.batch import Batch
-from kdcmae_fast.data import BadClip, FrontEnd, RawBatch
+from kdcmae_fast.data import BadClip, RawBatch
 from kdcmae_fast.training.contrast import CachedContrast, contrast_over_step
 from kdcmae_fast.training.distributed import World, sum_over_ranks
 from kdcmae_fast.training.schedule import RunLength
@@ -19,11 +19,12 @@ from kdcmae_fast.training.schedule import RunLength
 def train_step(
     engine: Any,
     batches: Iterator[RawBatch],
-    front_end: FrontEnd,
+    front_end: Callable[[RawBatch, torch.device], Any],
     world: World,
     step: int,
     *,
     contrast_over: str = "micro_batch",
+    forward: Callable[[Any, Any], Any] | None = None,
 ) -> tuple[dict[str, Tensor], list[BadClip]]:
     """All micro steps of optimizer step `step` (from 0); nothing here waits for the device.
 
@@ -31,6 +32,7 @@ def train_step(
     and splitting a batch into more micro steps or ranks leaves every clip's masks as they were.
 
     contrast_over: the clips that InfoNCE compares, those of a "micro_batch" or of the whole "step".
+    forward: (engine, batch) -> losses; None: those of a masked autoencoder.
 
     Returns the mean of each loss over the micro steps, on the device, and this rank's bad clips.
     """
@@ -55,7 +57,10 @@ def train_step(
         with stage("forward"):
             if contrast is not None:
                 contrast.random_state.restore()
-            losses = engine(batch, step=step, contrast=contrast)
+            if forward is None:
+                losses = engine(batch, step=step, contrast=contrast)
+            else:
+                losses = forward(engine, batch)
         with stage("backward"):
             engine.backward(losses.total)
         with stage("optimizer"):

@@ -101,7 +101,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars under train/."""
+    """Scalars under train/, those of an evaluation under eval/ as they are named."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -111,7 +111,8 @@ class TensorBoard:
     def write(self, record: Record) -> None:
         for name, value in record.items():
             if name != "step":
-                self._writer.add_scalar(f"train/{name}", value, int(record["step"]))
+                tag = name if "/" in name else f"train/{name}"
+                self._writer.add_scalar(tag, value, int(record["step"]))
 
     def close(self) -> None:
         self._writer.close()
@@ -170,4 +171,5 @@ class Lines:
 
 def _summary(record: Record) -> str:
     losses = [f"{name} {record[name]:.4g}" for name in LOSSES if name in record]
-    return "  ".join([*losses, f"{record['clips_per_second']:.1f} clips/s"])
+    figures = [f"{name} {value:.4g}" for name, value in record.items() if "/" in name]
+    return "  ".join([*losses, *figures, f"{record['clips_per_second']:.1f} clips/s"])

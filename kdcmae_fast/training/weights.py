@@ -19,9 +19,15 @@ def initial_model(config: RunConfig, *, resumed: bool) -> Any:
     """
     torch.manual_seed(config.train.seed)
     model = build_model(config.name, config.preset, **vars(config.model))
-    if config.train.init_from and not resumed:
-        init_model(model, config.train.init_from)
+    if not resumed:
+        start_weights(model, config.train.init_from)
     return model
+
+
+def start_weights(model: Any, path: str) -> None:
+    """Weights of the model folder or published file at `path` into `model`; "" leaves it as is."""
+    if path:
+        init_model(model, path)
 
 
 def untrained_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,210 @@
+"""Classification of a dataset's clips, every frame of each: probabilities, figures.
+
+The probabilities of a clip are the mean over its frames of the sigmoid (bce) or the softmax
+(cross_entropy) of the logits (CAV-MAE, arXiv 2210.07839). Clips go in batches that are the same for
+any number of ranks, rank r taking batches r, r + ranks, ...: results do not depend on the ranks.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from kdcmae_fast.config import ModelConfig
+from kdcmae_fast.data import BadClip, BadClips, ClipError, FrontEnd
+from kdcmae_fast.data.augment import pad
+from kdcmae_fast.evaluation.class_metrics import class_metrics
+from kdcmae_fast.finetune_config import FinetuneDataConfig
+
+# (fbank, frames (B, T, 3, H, W)) on the device -> logits (B, T, C), or (B, C) without video.
+Classifier = Callable[[Tensor, Tensor], Tensor]
+
+
+class FrameBatch(NamedTuple):
+    """B clips, T frames of each.
+
+    waveforms: (B, N) float32. lengths: (B,). frames: (B, T, 3, H, W) uint8. sample_ids: (B,).
+    classes: (B, K) int64, filled up with -1.
+    """
+
+    waveforms: Tensor
+    lengths: Tensor
+    frames: Tensor
+    sample_ids: Tensor
+    classes: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What to classify, and how it is counted.
+
+    dataset: clips with `read_frames` (data.clip.ClipFrames). data: how they are read; its
+    eval_clips, eval_frames, eval_batch_size. model: sizes. loss: bce or cross_entropy.
+    num_frames: of each clip; None: as many as `data` says. rank, world_size: of this process.
+    """
+
+    dataset: Any
+    data: FinetuneDataConfig
+    model: ModelConfig
+    loss: str
+    num_classes: int
+    device: torch.device
+    num_frames: int | None = None
+    rank: int = 0
+    world_size: int = 1
+    progress: bool = field(default=False, compare=False)
+
+    @property
+    def num_clips(self) -> int:
+        """Clips that are tried."""
+        wanted = self.data.eval_clips
+        if wanted is not None and wanted > len(self.dataset):
+            raise ValueError(f"data.eval_clips={wanted}: there are {len(self.dataset)} clips")
+        return len(self.dataset) if wanted is None else wanted
+
+    @property
+    def frames_per_clip(self) -> int:
+        """T."""
+        return self.data.frames_evaluated if self.num_frames is None else self.num_frames
+
+
+def evaluate_classifier(classify: Classifier, evaluation: Evaluation) -> dict[str, Any]:
+    """The figures of `class_metrics` over the clips, with `num_clips` and `bad_clips`.
+
+    classify: called equally often on every rank, as engines that shard weights need. Unreadable and
+    unlabelled clips are left out and named in `bad_clips`. Raises TooManyBadClips past
+    data.max_bad_share, ValueError when no clip is left.
+    """
+    total = evaluation.num_clips
+    metrics = class_metrics(evaluation.loss, evaluation.num_classes, evaluation.device)
+    front_end = FrontEnd(evaluation.data, evaluation.model)
+    bad: list[tuple[int, BadClip]] = []  # with their places
+    counted = 0
+    with torch.no_grad():
+        for batch in _batches(evaluation, bad):
+            idle = batch is None  # nothing left for this rank, but the others need it
+            batch = _blank(evaluation) if batch is None else batch
+            waveforms, lengths, frames = (x.to(evaluation.device) for x in batch[:3])
+            logits = classify(front_end.fbank(waveforms, lengths), frames)
+            if idle:
+                continue
+            probabilities = average_probabilities(logits, evaluation.loss)
+            metrics.update(batch.sample_ids, probabilities, batch.classes.to(evaluation.device))
+            counted += len(batch.sample_ids)
+    counted, bad = _over_ranks(counted, bad, evaluation)
+    tally = BadClips(len(evaluation.dataset), evaluation.data.max_bad_share)
+    tally.add(clip for _, clip in bad)
+    tally.check(counted)
+    if counted == 0:
+        first = bad[0][1]
+        raise ValueError(
+            f"none of the {total} clips can be evaluated; {first.video_id}: {first.reason}"
+        )
+    return {
+        "num_clips": counted,
+        "num_frames": evaluation.frames_per_clip,
+        **metrics.compute(),
+        "bad_clips": [clip._asdict() for clip in tally.rows()],
+    }
+
+
+def average_probabilities(logits: Tensor, loss: str) -> Tensor:
+    """Logits (B, T, C), or (B, C) for one frame -> probabilities (B, C), mean over the frames."""
+    logits = logits.float()
+    frames = logits.unsqueeze(1) if logits.ndim == 2 else logits
+    each = frames.sigmoid() if loss == "bce" else frames.softmax(dim=-1)
+    return each.mean(dim=1)
+
+
+def _batches(evaluation: Evaluation, bad: list[tuple[int, BadClip]]) -> Iterator[FrameBatch | None]:
+    """This rank's batches; None where it has none, or none of the clips can be used."""
+    size, ranks = evaluation.data.eval_batch_size, evaluation.world_size
+    total = evaluation.num_clips
+    starts = range(evaluation.rank * size, total, ranks * size)
+    mine = [range(start, min(start + size, total)) for start in starts]
+    rounds = -(-total // (ranks * size))
+    indices = [index for batch in mine for index in batch]
+    clips = _in_order(evaluation, indices)
+    for number in range(rounds):
+        batch = mine[number] if number < len(mine) else range(0)
+        good = []
+        for index in batch:
+            clip = next(clips)
+            if isinstance(clip, BadClip):
+                bad.append((index, clip))
+            else:
+                good.append(clip)
+        yield _collate(good) if good else None
+
+
+def _in_order(evaluation: Evaluation, indices: Sequence[int]) -> Iterator[Any]:
+    """ClipFrames or BadClip of each index, read by threads that are a few batches ahead."""
+    count = evaluation.frames_per_clip
+
+    def read(index: int) -> Any:
+        try:
+            clip = evaluation.dataset.read_frames(index, count)
+        except ClipError as error:
+            return BadClip(error.video_id, error.reason)
+        return clip if clip.label >= 0 else BadClip(clip.video_id, "it has no label")
+
+    threads, ahead = evaluation.data.num_workers, 2 * evaluation.data.eval_batch_size
+    if threads == 0:
+        yield from map(read, _with_bar(indices, evaluation))
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[Any]] = deque()
+        try:
+            for index in _with_bar(indices, evaluation):
+                waiting.append(pool.submit(read, index))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _collate(clips: Sequence[Any]) -> FrameBatch:
+    classes = [torch.tensor(clip.classes or (clip.label,)) for clip in clips]
+    return FrameBatch(
+        waveforms=pad([clip.waveform for clip in clips]),
+        lengths=torch.tensor([len(clip.waveform) for clip in clips]),
+        frames=torch.stack([clip.frames for clip in clips]),
+        sample_ids=torch.tensor([clip.index for clip in clips]),
+        classes=torch.nn.utils.rnn.pad_sequence(classes, batch_first=True, padding_value=-1),
+    )
+
+
+def _blank(evaluation: Evaluation) -> FrameBatch:
+    """One clip of nothing, for a forward pass whose result nobody looks at."""
+    size, count = evaluation.model.img_size, evaluation.frames_per_clip
+    none = torch.zeros(1, dtype=torch.long)
+    frames = torch.zeros(1, count, 3, size, size, dtype=torch.uint8)
+    return FrameBatch(torch.zeros(1, 1600), none + 1600, frames, none, none[:, None])
+
+
+def _over_ranks(
+    counted: int, bad: list[tuple[int, BadClip]], evaluation: Evaluation
+) -> tuple[int, list[tuple[int, BadClip]]]:
+    """Clips counted by all ranks, and the bad ones of all in the dataset's order."""
+    if evaluation.world_size == 1:
+        return counted, bad
+    parts: list[Any] = [None] * evaluation.world_size
+    dist.all_gather_object(parts, (counted, bad))
+    return sum(part[0] for part in parts), sorted(clip for part in parts for clip in part[1])
+
+
+def _with_bar(indices: Sequence[int], evaluation: Evaluation) -> Iterator[int]:
+    if not evaluation.progress:
+        yield from indices
+        return
+    from tqdm import tqdm
+
+    yield from tqdm(indices, unit="clip", desc="classify", dynamic_ncols=True)
