@@ -1,15 +1,17 @@
 """The classes of a labelled dataset, and datasets all of whose clips must have a label."""
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdcmae_fast.config import DataConfig
-from kdcmae_fast.data.clip import Clip, ClipDataset, ClipError
+from kdcmae_fast.data.clip import Clip, ClipDataset, ClipError, ClipFrames
 from kdcmae_fast.data.manifest import read_label_csv
 from kdcmae_fast.data.shards.layout import LABELS
 from kdcmae_fast.data.synthetic import CLASS_NAMES, SyntheticClips
+
+NO_LABEL = "it has no label"  # why a clip is left out
 
 
 class Classes(NamedTuple):
@@ -82,7 +84,21 @@ class LabelledClips:
         """Clip `index` as `epoch` sees it; ClipError also where it has no label."""
         clip = self.dataset.read(index, epoch)
         if clip.label < 0:
-            raise ClipError(clip.video_id, "it has no label")
+            raise ClipError(clip.video_id, NO_LABEL)
+        return clip
+
+    def read_frames(
+        self,
+        index: int,
+        num_frames: int | None = None,
+        *,
+        only: Sequence[int] | None = None,
+        epoch: int | None = None,
+    ) -> ClipFrames:
+        """Clip `index` with several frames; ClipError also where it has no label."""
+        clip = self.dataset.read_frames(index, num_frames, only=only, epoch=epoch)
+        if clip.label < 0:
+            raise ClipError(clip.video_id, NO_LABEL)
         return clip
 
     def label_sets(self) -> Iterator[tuple[Any, ...]]:

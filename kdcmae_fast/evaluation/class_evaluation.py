@@ -16,8 +16,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from kdcmae_fast.config import ModelConfig
-from kdcmae_fast.data import BadClip, BadClips, ClipError, FrontEnd
+from kdcmae_fast.data import BadClip, BadClips, ClipDataset, ClipError, FrontEnd
 from kdcmae_fast.data.augment import pad
+from kdcmae_fast.data.classes import LabelledClips
+from kdcmae_fast.data.clip import ClipFrames
 from kdcmae_fast.evaluation.class_metrics import class_metrics
 from kdcmae_fast.finetune_config import FinetuneDataConfig
 
@@ -43,12 +45,12 @@ class FrameBatch(NamedTuple):
 class Evaluation:
     """What to classify, and how it is counted.
 
-    dataset: clips with `read_frames` (data.clip.ClipFrames). data: how they are read; its
+    data: how they are read; its
     eval_clips, eval_frames, eval_batch_size. model: sizes. loss: bce or cross_entropy.
     num_frames: of each clip; None: as many as `data` says. rank, world_size: of this process.
     """
 
-    dataset: Any
+    dataset: ClipDataset
     data: FinetuneDataConfig
     model: ModelConfig
     loss: str
@@ -60,17 +62,17 @@ class Evaluation:
     progress: bool = field(default=False, compare=False)
 
     @property
-    def num_clips(self) -> int:
-        """Clips that are tried."""
-        wanted = self.data.eval_clips
-        if wanted is not None and wanted > len(self.dataset):
-            raise ValueError(f"data.eval_clips={wanted}: there are {len(self.dataset)} clips")
-        return len(self.dataset) if wanted is None else wanted
-
-    @property
     def frames_per_clip(self) -> int:
         """T."""
         return self.data.frames_evaluated if self.num_frames is None else self.num_frames
+
+
+def num_evaluated(dataset: ClipDataset, data: FinetuneDataConfig) -> int:
+    """Clips that are tried: data.eval_clips or all; ValueError if there are not so many."""
+    wanted = data.eval_clips
+    if wanted is not None and wanted > len(dataset):
+        raise ValueError(f"data.eval_clips={wanted}: there are {len(dataset)} clips")
+    return len(dataset) if wanted is None else wanted
 
 
 def evaluate_classifier(classify: Classifier, evaluation: Evaluation) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def evaluate_classifier(classify: Classifier, evaluation: Evaluation) -> dict[st
     unlabelled clips are left out and named in `bad_clips`. Raises TooManyBadClips past
     data.max_bad_share, ValueError when no clip is left.
     """
-    total = evaluation.num_clips
+    total = num_evaluated(evaluation.dataset, evaluation.data)
     metrics = class_metrics(evaluation.loss, evaluation.num_classes, evaluation.device)
     front_end = FrontEnd(evaluation.data, evaluation.model)
     bad: list[tuple[int, BadClip]] = []  # with their places
@@ -124,7 +126,7 @@ def average_probabilities(logits: Tensor, loss: str) -> Tensor:
 def _batches(evaluation: Evaluation, bad: list[tuple[int, BadClip]]) -> Iterator[FrameBatch | None]:
     """This rank's batches; None where it has none, or none of the clips can be used."""
     size, ranks = evaluation.data.eval_batch_size, evaluation.world_size
-    total = evaluation.num_clips
+    total = num_evaluated(evaluation.dataset, evaluation.data)
     starts = range(evaluation.rank * size, total, ranks * size)
     mine = [range(start, min(start + size, total)) for start in starts]
     rounds = -(-total // (ranks * size))
@@ -142,23 +144,22 @@ def _batches(evaluation: Evaluation, bad: list[tuple[int, BadClip]]) -> Iterator
         yield _collate(good) if good else None
 
 
-def _in_order(evaluation: Evaluation, indices: Sequence[int]) -> Iterator[Any]:
+def _in_order(evaluation: Evaluation, indices: Sequence[int]) -> Iterator[ClipFrames | BadClip]:
     """ClipFrames or BadClip of each index, read by threads that are a few batches ahead."""
-    count = evaluation.frames_per_clip
+    dataset, count = LabelledClips(evaluation.dataset), evaluation.frames_per_clip
 
-    def read(index: int) -> Any:
+    def read(index: int) -> ClipFrames | BadClip:
         try:
-            clip = evaluation.dataset.read_frames(index, count)
+            return dataset.read_frames(index, count)
         except ClipError as error:
             return BadClip(error.video_id, error.reason)
-        return clip if clip.label >= 0 else BadClip(clip.video_id, "it has no label")
 
     threads, ahead = evaluation.data.num_workers, 2 * evaluation.data.eval_batch_size
     if threads == 0:
         yield from map(read, _with_bar(indices, evaluation))
         return
     with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[Any]] = deque()
+        waiting: deque[Future[ClipFrames | BadClip]] = deque()
         try:
             for index in _with_bar(indices, evaluation):
                 waiting.append(pool.submit(read, index))
@@ -171,7 +172,7 @@ def _in_order(evaluation: Evaluation, indices: Sequence[int]) -> Iterator[Any]:
                 future.cancel()
 
 
-def _collate(clips: Sequence[Any]) -> FrameBatch:
+def _collate(clips: Sequence[ClipFrames]) -> FrameBatch:
     classes = [torch.tensor(clip.classes or (clip.label,)) for clip in clips]
     return FrameBatch(
         waveforms=pad([clip.waveform for clip in clips]),

@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from kdcmae_fast.data import ClipDataset, FrontEnd, RawBatch, label_vectors, open_dataset
 from kdcmae_fast.data.classes import LabelledClips, classes_of_data
-from kdcmae_fast.evaluation.class_evaluation import Evaluation, evaluate_classifier
+from kdcmae_fast.evaluation.class_evaluation import Evaluation, evaluate_classifier, num_evaluated
 from kdcmae_fast.evaluation.classification import SHORT, headline, open_eval_clips
 from kdcmae_fast.evaluation.classifier_record import ClassifierRecord, read_record
 from kdcmae_fast.evaluation.weight_average import average_weights, epoch_folders
@@ -71,7 +71,12 @@ class Finetuning:
         self.config = config
         self.classes = classes_of_data(config.data)
         self._check_head()
-        self.eval_clips = open_eval_clips(config, config.model) if config.data.evaluates else None
+        self.eval_clips: ClipDataset | None = None
+        if config.data.evaluates:
+            self.eval_clips = open_eval_clips(config, config.model)
+            num_evaluated(self.eval_clips, config.data)
+        else:
+            logger.warning("data.eval_path='': nothing is evaluated during this run")
         self.evaluated: dict[str, Any] | None = None  # after the last step
 
     def check(self, length: RunLength) -> None:
@@ -179,6 +184,7 @@ class Finetuning:
 
     def _evaluate(self, model: Any, world: World) -> dict[str, Any]:
         config = self.config
+        assert self.eval_clips is not None  # whoever calls has looked
         model.eval()
         found = evaluate_classifier(
             lambda fbank, frames: self.logits(model, fbank, frames),

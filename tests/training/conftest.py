@@ -60,6 +60,8 @@ class Launcher:
         zero: int = 2,
         fp32: bool = False,
         batch: int = BATCH,
+        script: str = "pretrain",
+        recipe: Path | None = None,
     ) -> list[str]:
         """The command line. launcher: "deepspeed", "torchrun" or "" (the plainest that does)."""
         launcher = launcher or ("torchrun" if processes > 1 else "python")
@@ -76,9 +78,9 @@ class Launcher:
             ],
         }[launcher]  # fmt: skip
         return [
-            *start, str(ROOT / "kdcmae_fast" / "pretrain.py"),
+            *start, str(ROOT / "kdcmae_fast" / f"{script}.py"),
             "--ds_config", str(ROOT / "configs" / f"zero{zero}.json"),
-            "--recipe", str(self.recipe), "--output", str(output),
+            "--recipe", str(recipe or self.recipe), "--output", str(output),
             *(["ds.bf16.enabled=false"] if fp32 else []),
             f"ds.train_micro_batch_size_per_gpu={batch // processes}", *settings,
         ]  # fmt: skip
