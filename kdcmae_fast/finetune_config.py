@@ -59,11 +59,6 @@ class FinetuneDataConfig(DataConfig):
         _require_positive(self, "eval_clips", "eval_frames", "eval_batch_size")
 
     @property
-    def frames_evaluated(self) -> int:
-        """Frames of each clip whose probabilities are averaged."""
-        return self.num_frames if self.eval_frames is None else self.eval_frames
-
-    @property
     def evaluates(self) -> bool:
         """Whether there are clips to evaluate on."""
         return self.source == "synthetic" or self.eval_path != ""
@@ -127,3 +122,13 @@ class FinetuneRunConfig:
             rows = getattr(self.model, "num_mel_bins" if name == "freq_mask" else "audio_length")
             value = getattr(self.data, name)
             _require(value <= rows, f"data.{name}={value}: the filterbank has {rows}")
+        given, mode = self.model.classifier_input, self.finetune.mode
+        _require(
+            not self.pairs_frames or given == mode,
+            f"model.classifier_input={given}: finetune.mode={mode} needs a head for that; set both",
+        )
+
+    @property
+    def pairs_frames(self) -> bool:
+        """Whether every frame is paired with the sound around it (CAV-MAE Sync)."""
+        return self.name == "cav_mae_sync_classifier"

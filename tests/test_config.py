@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from kdcmae_fast.config import PRESETS, RunConfig
-from kdcmae_fast.config_file import load_config, settings_of
+from kdcmae_fast.config_file import load_config, load_settings, settings_of
+from kdcmae_fast.finetune_config import FinetuneRunConfig
 from kdcmae_fast.training.deepspeed_config import for_engine, load_deepspeed_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -138,7 +139,36 @@ def test_malformed_argument():
     assert "is not a YAML value" in error_of(MINIMAL, "train.steps=[1")
 
 
-@pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+FINETUNING = sorted(CONFIGS.glob("finetune_*.yaml"))
+PRETRAINING = sorted(set(CONFIGS.glob("*.yaml")) - set(FINETUNING))
+
+
+@pytest.mark.parametrize("recipe", FINETUNING, ids=lambda path: path.stem)
+def test_committed_fine_tuning_recipes(recipe):
+    """Rates, epochs and batches of the table in the CAV-MAE scripts."""
+    demo = recipe.stem == "finetune_demo"
+    data = [] if demo else ["data.path=train.json", "data.label_csv=labels.csv"]
+    config = load_settings(FinetuneRunConfig, recipe, data)
+    if not demo:
+        found = (
+            config.optim.lr, config.finetune.head_lr, config.train.epochs,
+            config.optim.halving_start, config.train.average, config.data.sampling,
+            config.finetune.loss,
+        )  # fmt: skip
+        assert (
+            found
+            == {
+                "finetune_audioset20k": (5e-5, 100, 15, 5, (3, 15), "uniform", "bce"),
+                "finetune_audioset2m": (1e-5, 50, 10, 2, (1, 10), "balanced", "bce"),
+                "finetune_vggsound": (1e-4, 10, 10, 2, (3, 10), "balanced", "cross_entropy"),
+            }[recipe.stem]
+        )
+        augmented = (config.data.mixup, config.data.freq_mask, config.data.time_mask)
+        assert (*augmented, config.data.noise) == (0.5, 48, 192, True)
+        assert config.finetune.label_smoothing == 0.1
+
+
+@pytest.mark.parametrize("recipe", PRETRAINING, ids=lambda path: path.stem)
 def test_committed_recipes(recipe):
     config = load_config(recipe, ["data.path=clips.json"])
     assert isinstance(config, RunConfig)

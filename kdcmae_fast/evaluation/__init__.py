@@ -1,5 +1,6 @@
 """What a trained model is worth: features, retrieval, reconstruction pictures, loss curves."""
 
+from kdcmae_fast.evaluation.classification import ClassifySource, classify
 from kdcmae_fast.evaluation.export import export_features
 from kdcmae_fast.evaluation.feature_files import load_features, save_features
 from kdcmae_fast.evaluation.features import (
@@ -20,8 +21,10 @@ from kdcmae_fast.evaluation.scoring import ClipScore, score_clip
 from kdcmae_fast.evaluation.sound_inversion import fbank_to_waveform
 from kdcmae_fast.evaluation.source import EvaluationSource
 from kdcmae_fast.evaluation.views import reconstruct_batch
+from kdcmae_fast.evaluation.weight_average import average_weights
 
 __all__ = [
+    "ClassifySource",
     "ClipFeatures",
     "ClipScore",
     "EvaluationSource",
@@ -29,8 +32,10 @@ __all__ = [
     "OffsetScore",
     "RetrievalScores",
     "Stretch",
+    "average_weights",
     "best_offset",
     "best_offsets",
+    "classify",
     "draw_clip",
     "export_features",
     "extract_features",

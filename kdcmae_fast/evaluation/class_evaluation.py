@@ -64,7 +64,10 @@ class Evaluation:
     @property
     def frames_per_clip(self) -> int:
         """T."""
-        return self.data.frames_evaluated if self.num_frames is None else self.num_frames
+        for count in (self.num_frames, self.data.eval_frames):
+            if count is not None:
+                return count
+        return self.data.num_frames
 
 
 def num_evaluated(dataset: ClipDataset, data: FinetuneDataConfig) -> int:
