@@ -23,20 +23,22 @@ from kdcmae_fast.data.clip import ClipFrames
 from kdcmae_fast.evaluation.class_metrics import class_metrics
 from kdcmae_fast.finetune_config import FinetuneDataConfig
 
-# (fbank, frames (B, T, 3, H, W)) on the device -> logits (B, T, C), or (B, C) without video.
+# (fbank (B, rows, F), frames (B, T, 3, H, W)) on the device -> logits (B, T, C), or (B, C) where
+# there is one answer for a clip. With paired frames fbank is (B, T, rows, F).
 Classifier = Callable[[Tensor, Tensor], Tensor]
 
 
 class FrameBatch(NamedTuple):
     """B clips, T frames of each.
 
-    waveforms: (B, N) float32. lengths: (B,). frames: (B, T, 3, H, W) uint8. sample_ids: (B,).
-    classes: (B, K) int64, filled up with -1.
+    waveforms: (B, N) float32. lengths: (B,). frames: (B, T, 3, H, W) uint8. times: (B, T) seconds.
+    sample_ids: (B,). classes: (B, K) int64, filled up with -1.
     """
 
     waveforms: Tensor
     lengths: Tensor
     frames: Tensor
+    times: Tensor
     sample_ids: Tensor
     classes: Tensor
 
@@ -47,7 +49,8 @@ class Evaluation:
 
     data: how they are read; its
     eval_clips, eval_frames, eval_batch_size. model: sizes. loss: bce or cross_entropy.
-    num_frames: of each clip; None: as many as `data` says. rank, world_size: of this process.
+    num_frames: of each clip; None: as many as `data` says. pairs_frames: every frame with the sound
+    around it (CAV-MAE Sync). rank, world_size: of this process.
     """
 
     dataset: ClipDataset
@@ -57,6 +60,7 @@ class Evaluation:
     num_classes: int
     device: torch.device
     num_frames: int | None = None
+    pairs_frames: bool = False
     rank: int = 0
     world_size: int = 1
     progress: bool = field(default=False, compare=False)
@@ -94,8 +98,13 @@ def evaluate_classifier(classify: Classifier, evaluation: Evaluation) -> dict[st
         for batch in _batches(evaluation, bad):
             idle = batch is None  # nothing left for this rank, but the others need it
             batch = _blank(evaluation) if batch is None else batch
-            waveforms, lengths, frames = (x.to(evaluation.device) for x in batch[:3])
-            logits = classify(front_end.fbank(waveforms, lengths), frames)
+            waveforms, lengths, frames, times = (x.to(evaluation.device) for x in batch[:4])
+            if evaluation.pairs_frames:
+                numbers = torch.arange(frames.shape[1], device=frames.device).expand(times.shape)
+                fbank = front_end.segments(waveforms, lengths, numbers, times)
+            else:
+                fbank = front_end.fbank(waveforms, lengths)
+            logits = classify(fbank, frames)
             if idle:
                 continue
             probabilities = average_probabilities(logits, evaluation.loss)
@@ -181,6 +190,7 @@ def _collate(clips: Sequence[ClipFrames]) -> FrameBatch:
         waveforms=pad([clip.waveform for clip in clips]),
         lengths=torch.tensor([len(clip.waveform) for clip in clips]),
         frames=torch.stack([clip.frames for clip in clips]),
+        times=torch.stack([torch.as_tensor(clip.times) for clip in clips]),
         sample_ids=torch.tensor([clip.index for clip in clips]),
         classes=torch.nn.utils.rnn.pad_sequence(classes, batch_first=True, padding_value=-1),
     )
@@ -191,7 +201,8 @@ def _blank(evaluation: Evaluation) -> FrameBatch:
     size, count = evaluation.model.img_size, evaluation.frames_per_clip
     none = torch.zeros(1, dtype=torch.long)
     frames = torch.zeros(1, count, 3, size, size, dtype=torch.uint8)
-    return FrameBatch(torch.zeros(1, 1600), none + 1600, frames, none, none[:, None])
+    times = torch.zeros(1, count, dtype=torch.float64)
+    return FrameBatch(torch.zeros(1, 1600), none + 1600, frames, times, none, none[:, None])
 
 
 def _over_ranks(

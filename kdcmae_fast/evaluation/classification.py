@@ -20,6 +20,7 @@ from kdcmae_fast.evaluation.source import model_folder, pick_device, write_metri
 from kdcmae_fast.finetune_config import FinetuneRunConfig
 from kdcmae_fast.messages import require_folder
 from kdcmae_fast.models import from_pretrained
+from kdcmae_fast.models.build import Classifier
 from kdcmae_fast.models.classifier import CavMaeClassifier, Mode
 from kdcmae_fast.models.sync_classifier import CavMaeSyncClassifier
 
@@ -76,15 +77,16 @@ def classify(source: ClassifySource, output: str | Path | None = None) -> dict[s
             "`kdcmae finetune`"
         )
     classes = classes_of_data(config.data)
-    record = _check(folder, model.num_classes, classes, source)
+    record = _check(folder, model, classes, source)
     mode = source.mode or record.mode
     if source.split == "heldout" and config.data.source != "synthetic":
         raise ValueError("--split heldout is for synthetic clips; the others' are data.eval_path")
     dataset = open_eval_clips(config, model.config, train=source.split == "train")
     rank, world_size, device = _place(source.device)
     model = model.to(device).eval()
+    takes_mode = {"mode": mode} if isinstance(model, CavMaeClassifier) else {}
     found = evaluate_classifier(
-        lambda fbank, frames: model(fbank=fbank, frames=frames, mode=mode),
+        lambda fbank, frames: model(fbank=fbank, frames=frames, **takes_mode),
         Evaluation(
             dataset=dataset,
             data=config.data,
@@ -93,6 +95,7 @@ def classify(source: ClassifySource, output: str | Path | None = None) -> dict[s
             num_classes=model.num_classes,
             device=device,
             num_frames=source.num_frames,
+            pairs_frames=isinstance(model, CavMaeSyncClassifier),
             rank=rank,
             world_size=world_size,
             progress=source.progress and rank == 0,
@@ -170,12 +173,12 @@ def _settings(folder: Path, source: ClassifySource) -> tuple[FinetuneRunConfig, 
 
 
 def _check(
-    folder: Path, num_classes: int, classes: Classes, source: ClassifySource
+    folder: Path, model: Classifier, classes: Classes, source: ClassifySource
 ) -> ClassifierRecord:
     """How the model was trained; ValueError where classes or mode are not the model's."""
-    if len(classes.mids) != num_classes:
+    if len(classes.mids) != model.num_classes:
         raise ValueError(
-            f"--checkpoint {folder} has a head of {num_classes} classes, data.label_csv has "
+            f"--checkpoint {folder} has a head of {model.num_classes} classes, data.label_csv has "
             f"{len(classes.mids)}: these are not the clips' classes"
         )
     record = read_record(folder)
@@ -185,7 +188,10 @@ def _check(
                 f"{folder} has no classifier.json; say --loss bce (any number of labels a clip) or "
                 "--loss cross_entropy (one)"
             )
-        return ClassifierRecord(source.mode or "multimodal", source.loss, classes)
+        trained = "multimodal"
+        if isinstance(model, CavMaeSyncClassifier):
+            trained = model.config.classifier_input
+        record = ClassifierRecord(trained, source.loss, classes)
     if record.classes.mids != classes.mids:
         pairs = enumerate(zip(record.classes.mids, classes.mids, strict=True))
         number, (theirs, ours) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
@@ -197,6 +203,11 @@ def _check(
         raise ValueError(
             f"--mode {source.mode}: {folder} was trained on {record.mode} alone and can be given "
             "nothing else"
+        )
+    if source.mode not in (None, record.mode) and isinstance(model, CavMaeSyncClassifier):
+        raise ValueError(
+            f"--mode {source.mode}: the head of {folder} takes sound and frames together; "
+            "CAV-MAE Sync has no inference with one of both"
         )
     return record
 

@@ -28,7 +28,11 @@ logger = logging.getLogger(__name__)
 
 
 class LabelledBatch(NamedTuple):
-    """B clips with their targets. fbank, frames: as in `Batch`. targets: (B, C) float32."""
+    """B clips with their targets.
+
+    fbank, frames: as in `Batch`, for CAV-MAE Sync (B, n, ...), n frames of each clip. targets:
+    (B, C) float32.
+    """
 
     fbank: Tensor
     frames: Tensor
@@ -52,6 +56,7 @@ class LabelledFrontEnd:
         self.front_end = FrontEnd(config.data, config.model)
         self.smoothing = config.finetune.label_smoothing
         self.num_classes = num_classes
+        self.pairs_frames = config.pairs_frames
 
     def __call__(self, raw: RawBatch, device: torch.device) -> LabelledBatch:
         """Copies `raw` to `device` and returns its batch there."""
@@ -59,7 +64,10 @@ class LabelledFrontEnd:
         classes = raw.labels[:, None] if raw.classes is None else raw.classes
         targets = label_vectors(classes, self.num_classes, self.smoothing, mixed)
         batch = self.front_end(raw, device)
-        return LabelledBatch(batch.fbank, batch.frames, targets.to(device, non_blocking=True))
+        fbank, frames = batch.fbank, batch.frames
+        if self.pairs_frames:  # rows of one clip side by side
+            fbank, frames = (x.unflatten(0, (len(classes), -1)) for x in (fbank, frames))
+        return LabelledBatch(fbank, frames, targets.to(device, non_blocking=True))
 
 
 class Finetuning:
@@ -126,6 +134,8 @@ class Finetuning:
 
     def logits(self, model: Any, fbank: Tensor, frames: Tensor) -> Tensor:
         """What `model`, or an engine of it, says of a batch in the mode that is trained."""
+        if self.config.pairs_frames:  # its head takes what it takes
+            return model(fbank=fbank, frames=frames)
         return model(fbank=fbank, frames=frames, mode=self.config.finetune.mode)
 
     @property
@@ -195,6 +205,7 @@ class Finetuning:
                 loss=config.finetune.loss,
                 num_classes=len(self.classes.mids),
                 device=world.device,
+                pairs_frames=config.pairs_frames,
                 rank=world.rank,
                 world_size=world.size,
             ),
