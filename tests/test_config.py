@@ -161,11 +161,14 @@ def test_committed_fine_tuning_recipes(recipe):
                 "finetune_audioset20k": (5e-5, 100, 15, 5, (3, 15), "uniform", "bce"),
                 "finetune_audioset2m": (1e-5, 50, 10, 2, (1, 10), "balanced", "bce"),
                 "finetune_vggsound": (1e-4, 10, 10, 2, (3, 10), "balanced", "cross_entropy"),
+                "finetune_sync_audioset20k": (2e-4, 100, 25, 10, (13, 25), "uniform", "bce"),
             }[recipe.stem]
         )
+        assert config.optim.betas == (0.95, 0.999) and config.optim.weight_decay == 5e-7
+        assert config.finetune.label_smoothing == 0.1
+    if not demo and not config.pairs_frames:
         augmented = (config.data.mixup, config.data.freq_mask, config.data.time_mask)
         assert (*augmented, config.data.noise) == (0.5, 48, 192, True)
-        assert config.finetune.label_smoothing == 0.1
 
 
 @pytest.mark.parametrize("recipe", PRETRAINING, ids=lambda path: path.stem)
