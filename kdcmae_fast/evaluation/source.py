@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 import kdcmae_fast
-from kdcmae_fast.config import DataConfig
-from kdcmae_fast.config_file import load_config, read_yaml
+from kdcmae_fast.config import DataConfig, RunConfig
+from kdcmae_fast.config_file import AnyRunConfig, load_settings, read_yaml
 from kdcmae_fast.data import BadClip, ClipDataset, open_dataset
+from kdcmae_fast.finetune_config import FinetuneRunConfig
 from kdcmae_fast.models import from_pretrained
 from kdcmae_fast.models.cav_mae import CavMae
 
@@ -128,7 +129,12 @@ def data_settings(
                 "(the model's own settings come with the checkpoint)"
             )
     # `steps` only because a run's settings must name a length.
-    config = load_config({**groups, "train": {"steps": 1, **seed}}, overrides, origin=origin)
+    settings = {**groups, "train": {"steps": 1, **seed}}
+    config: AnyRunConfig
+    if "finetune" in found:  # its data group has more
+        config = load_settings(FinetuneRunConfig, settings, overrides, origin=origin)
+    else:
+        config = load_settings(RunConfig, settings, overrides, origin=origin)
     return config.data, config.train.seed, origin
 
 

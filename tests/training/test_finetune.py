@@ -11,8 +11,10 @@ from kdcmae_fast import cli
 from kdcmae_fast.data import open_dataset
 from kdcmae_fast.evaluation.class_evaluation import Evaluation, evaluate_classifier
 from kdcmae_fast.evaluation.classification import ClassifySource, classify
+from kdcmae_fast.evaluation.retrieval import retrieve
+from kdcmae_fast.evaluation.source import EvaluationSource
 from kdcmae_fast.finetune_config import FinetuneDataConfig
-from kdcmae_fast.models import from_pretrained
+from kdcmae_fast.models import build_model, from_pretrained
 
 CLIPS = 13  # evaluated, in batches of 2: with two ranks the last round leaves one without a batch
 
@@ -185,6 +187,35 @@ def test_mistakes_show_before_any_work(tune, tmp_path):
     text = tune(tmp_path / "run", "data.eval_clips=1001", code=1)
     assert text == "error: data.eval_clips=1001: there are 1000 clips\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_models_that_cannot_classify_the_clips(run, tmp_path):
+    def mistake(name, **source):
+        with pytest.raises(ValueError) as caught:
+            classify(ClassifySource(checkpoint=str(tmp_path / name), device="cpu", **source))
+        return str(caught.value)
+
+    model = from_pretrained(run / "model")
+    sizes = vars(model.config)
+    build_model("kdc_mae", "tiny", **{**sizes, "num_views": 2}).save_pretrained(tmp_path / "kdc")
+    assert "holds a kdc_mae, which has no classes; fine-tune it" in mistake("kdc")
+    build_model("cav_mae_classifier", "tiny", num_classes=5, **sizes).save_pretrained(
+        tmp_path / "five"
+    )
+    assert "has a head of 5 classes, data.label_csv has 8:" in mistake("five")
+    shutil.copytree(run / "model", tmp_path / "bare")
+    record = json.loads((tmp_path / "bare" / "classifier.json").read_text())
+    record["classes"]["mids"][2] = "gong"
+    (tmp_path / "bare" / "classifier.json").write_text(json.dumps(record))
+    assert "its class 2 is gong, that of data.label_csv is " in mistake("bare")
+    (tmp_path / "bare" / "classifier.json").write_text("{")
+    assert "classifier.json is damaged" in mistake("bare")
+    (tmp_path / "bare" / "classifier.json").unlink()
+    assert "has no classifier.json; say --loss bce" in mistake("bare")
+    csv = ("data.source=shards", "data.path=nowhere")
+    assert "data.label_csv='': nowhere has no labels" in mistake("bare", overrides=csv)
+    with pytest.raises(ValueError, match="holds a cav_mae_classifier; give a pretrained model"):
+        retrieve(EvaluationSource(checkpoint=str(run)))
 
 
 class Unlabelled:

@@ -14,6 +14,7 @@ from kdcmae_fast.data.classes import Classes, LabelledClips, read_classes
 from kdcmae_fast.evaluation.classifier_record import ClassifierRecord
 from kdcmae_fast.finetune_config import FinetuneConfig, FinetuneRunConfig
 from kdcmae_fast.models import build_model
+from kdcmae_fast.training.distributed import World
 from kdcmae_fast.training.finetuning import Finetuning, LabelledFrontEnd, class_loss
 from kdcmae_fast.training.layers import layer_scale, unread_parameters
 from kdcmae_fast.training.optimizers import build_optimizer, set_learning_rate
@@ -137,6 +138,42 @@ def test_targets_are_mixed_as_the_clips_are():
         torch.testing.assert_close(batch.targets[row], expected)
         picture = weight * raw.frames[row].double() + (1 - weight) * mixed.frames[row].double()
         assert (batch.frames[row].double() - picture).abs().max() <= 0.501
+
+
+@pytest.mark.parametrize("mode", ["multimodal", "audio", "video", "missing_video", "missing_audio"])
+def test_frames_of_a_clip_are_each_frame_alone(mode):
+    """One pass over (B, T) frames, the sound's stream once, in fp64."""
+    model = build_model("cav_mae_classifier", "tiny", num_classes=3, **SIZES).double()
+    fbank = torch.randn(2, 64, 64, dtype=torch.float64)
+    frames = torch.randn(2, 3, 3, 32, 32, dtype=torch.float64)
+    found = model(fbank, frames, mode)
+    if mode in ("audio", "missing_video"):
+        torch.testing.assert_close(found, model(fbank, None, mode), rtol=0, atol=0)
+        return
+    alone = torch.stack([model(fbank, frames[:, t], mode) for t in range(3)], dim=1)
+    assert found.shape == (2, 3, 3)
+    torch.testing.assert_close(found, alone, rtol=1e-12, atol=1e-12)
+
+
+def test_sync_sees_all_frames_with_the_sound_around_each():
+    """From the loader to the loss and to the evaluation."""
+    pytest.importorskip("kdcmae_fast.data.pairs")
+    model = {**SIZES, "frames_per_clip": 3, "classifier_heads": 4}
+    data = {"num_clips": 8, "num_workers": 0, "num_frames": 3, "clip_seconds": 2.0, "mixup": 0.5,
+            "eval_clips": 5, "eval_batch_size": 2}  # fmt: skip
+    config = settings(name="cav_mae_sync_classifier", model=model, data=data)
+    task = Finetuning(config)
+    loader = make_loader(
+        task.open_clips(), data=config.data, seed=0, micro_batch_size=4, frames_per_clip=3
+    )
+    batch = task.front_end()(next(iter(loader)), torch.device("cpu"))
+    assert (batch.fbank.shape, batch.frames.shape) == ((4, 3, 64, 64), (4, 3, 3, 32, 32))
+    classifier = task.initial_model(resumed=False)
+    assert task.forward(classifier, batch).total.isfinite()
+    figures = task._evaluate(classifier, World(0, 1, torch.device("cpu")))
+    assert (figures["num_clips"], figures["num_frames"]) == (5, 3)
+    with pytest.raises(ValueError, match="model.classifier_input=multimodal: finetune.mode=audio"):
+        settings("finetune.mode=audio", name="cav_mae_sync_classifier")
 
 
 def test_losses():
