@@ -267,6 +267,7 @@ COMMANDS = {
         "how well sound and picture of videos fit, moment by moment", f"{EVALUATION}.score"
     ),
     "features": _of_module("features as NumPy or Parquet files", f"{EVALUATION}.features"),
+    "localize": _of_module("where in a frame its sound comes from", f"{EVALUATION}.localize"),
     "reconstruct": _of_module(
         "pictures of masked and reconstructed clips", f"{EVALUATION}.reconstruct"
     ),

@@ -206,5 +206,18 @@ def fit_picture(pixels: NDArray[np.uint8], img_size: int) -> Tensor:
     return _channels_first(crop)
 
 
+def stretched_picture(path: str, img_size: int) -> Tensor:
+    """(3, img_size, img_size) uint8 of all of an image file, whatever its aspect (bicubic)."""
+    from PIL import Image
+
+    require_file(path)
+    try:
+        with Image.open(path) as image:
+            square = image.convert("RGB").resize((img_size, img_size), Image.Resampling.BICUBIC)
+            return _channels_first(np.asarray(square))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MediaError(f"{path}: cannot decode the picture: {error}") from error
+
+
 def _channels_first(pixels: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))

@@ -10,8 +10,12 @@ from kdcmae_fast.evaluation.features import (
 )
 from kdcmae_fast.evaluation.hiding import Hiding, hide_patches
 from kdcmae_fast.evaluation.inpainting import inpaint
+from kdcmae_fast.evaluation.localization import localize
+from kdcmae_fast.evaluation.localization_maps import attribution_maps, similarity_maps
+from kdcmae_fast.evaluation.localization_scores import ciou_auc
+from kdcmae_fast.evaluation.localization_settings import LocalizationSettings
 from kdcmae_fast.evaluation.offset import OffsetScore, best_offset, best_offsets
-from kdcmae_fast.evaluation.pictures import draw_clip
+from kdcmae_fast.evaluation.pictures import draw_clip, reconstruct_batch
 from kdcmae_fast.evaluation.plots import plot_losses
 from kdcmae_fast.evaluation.ranking import RetrievalScores, retrieval_scores
 from kdcmae_fast.evaluation.reconstruction import reconstruct
@@ -29,12 +33,16 @@ __all__ = [
     "ClipScore",
     "EvaluationSource",
     "Hiding",
+    "LocalizationSettings",
     "OffsetScore",
     "RetrievalScores",
+    "RetrievalScores",
     "Stretch",
+    "attribution_maps",
     "average_weights",
     "best_offset",
     "best_offsets",
+    "ciou_auc",
     "classify",
     "draw_clip",
     "export_features",
@@ -44,6 +52,7 @@ __all__ = [
     "hide_patches",
     "inpaint",
     "load_features",
+    "localize",
     "plot_losses",
     "reconstruct",
     "reconstruct_batch",
@@ -52,4 +61,5 @@ __all__ = [
     "save_features",
     "score_clip",
     "score_videos",
+    "similarity_maps",
 ]
