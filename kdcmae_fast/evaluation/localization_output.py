@@ -197,9 +197,10 @@ def localization_table(metrics: Mapping[str, Any]) -> str:
     lines.append(f"{'best half of the picture':{width}}" + _cells(metrics["best_half_of_picture"]))
     main, disc = metrics["maps"][metrics["map"]], metrics["controls"][DISC]
     above = main["mean_ciou"] - disc["mean_ciou"]
+    side = "above" if above > 0 else "BELOW"
     lines.append(
-        f"{metrics['map']}: cIoU {abs(above):.3f} {'above' if above > 0 else 'BELOW'} the centred "
-        f"disc ({metrics['num_clips']} clips: {metrics['clips_of']}; boxes: {metrics['annotations']})"
+        f"{metrics['map']}: cIoU {abs(above):.3f} {side} the centred disc ({metrics['num_clips']} "
+        f"clips: {metrics['clips_of']}; boxes: {metrics['annotations']})"
     )
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ Boxes = Sequence[tuple[float, float, float, float]]
 
 COLOURS = "turbo"
 STRENGTH = 0.55  # of the heat over the frame
-BOX = (255, 40, 40)
+BOX = (255, 255, 255)
 VIDEO_SIZE = 256  # pixels a side of each half of a video
 TICKS = 90_000  # of a video's clock in a second
 CODECS = ("libx264", "h264", "mpeg4")
