@@ -27,7 +27,7 @@ class LocalizationSettings:
     """
 
     map: MapKind = "attribution"
-    references: int = 32
+    references: int = 64
     annotations: str | None = None
     ids: str | None = None
     frames: str | None = None

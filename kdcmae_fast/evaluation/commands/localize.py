@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--references",
         type=positive,
-        default=32,
+        default=64,
         metavar="N",
         help="other clips' frames that an attribution starts from; more are slower and smoother",
     )
