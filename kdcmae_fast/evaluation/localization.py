@@ -127,22 +127,24 @@ def batch_maps(
     count = len(references.indices)
     wrong = indices % count
     wrong = torch.where(references.indices[wrong] == indices, (wrong + 1) % count, wrong)
-    sounds = torch.stack([batch.sounds, references.sounds[wrong]])
-    own, other = attribution_maps(model, batch.frames, sounds, references, indices=indices)
-    cosine = cosine_maps(batch.sounds, tokens, grid)
-    maps = {"attribution": own, "cosine": cosine}
+    others = references.sounds[wrong]
+    maps, wrong_maps = {}, cosine_maps(others, tokens, grid)
+    if settings.map == "attribution":
+        sounds = torch.stack([batch.sounds, others])
+        maps["attribution"], wrong_maps = attribution_maps(
+            model, batch.frames, sounds, references, indices=indices
+        )
+    maps["cosine"] = cosine_maps(batch.sounds, tokens, grid)
     plain = {"tokens": token_norm_maps(tokens, grid), "colour": colour_maps(batch.frames)}
     controls = {
-        WRONG_SOUND: other
-        if settings.map == "attribution"
-        else cosine_maps(sounds[1], tokens, grid),
-        OPPOSITE: -cosine,
+        WRONG_SOUND: wrong_maps,
+        OPPOSITE: -maps["cosine"],
         "token length": plain["tokens"],
         "colour contrast": plain["colour"],
     }
     if settings.fusion:
         found = [
-            plain[prior] if isinstance(prior, str) else prior.of(batch.clips).to(own.device)
+            plain[prior] if isinstance(prior, str) else prior.of(batch.clips).to(tokens.device)
             for prior in priors
         ]
         weights = fusion_weights(settings.fusion, settings.alpha)
@@ -202,6 +204,7 @@ class Tally:
             "num_clips": len(self.clips),
             "map": main,
             **found,
+            "above_centred_disc": self._above(main),
             "best_half_of_picture": {key: possible[key] for key in ("mean_ciou", "ap50", "auc")},
             "headline": {
                 "cIoU": found["maps"][main]["mean_ciou"],
@@ -213,6 +216,13 @@ class Tally:
             },
             "clips": self.clips,
         }
+
+    def _above(self, main: str) -> dict[str, float]:
+        """Mean over clips of the map's cIoU less the centred disc's, and its standard error."""
+        pairs = zip(self.scores["maps"][main], self.scores["controls"][DISC], strict=True)
+        gains = np.array([own.ciou - disc.ciou for own, disc in pairs])
+        error = gains.std(ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
+        return {"mean_ciou": float(gains.mean()), "standard_error": float(error)}
 
 
 def as_pictures(maps: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -79,8 +79,8 @@ def make_references(
     )
     if sum(len(batch.clips) for batch in batches) < 2:
         raise ValueError(
-            "an attribution compares a frame with other clips' frames: give at least 2 clips and "
-            "--references 2, or take --map cosine"
+            "fewer than 2 clips with boxes can be read: each one's map is compared with what other "
+            "clips' frames and sounds give; add clips"
         )
     return References(
         normalized(model, torch.cat([batch.frames for batch in batches])),

@@ -14,8 +14,9 @@ MapKind = Literal["attribution", "cosine"]
 class LocalizationSettings:
     """What `localize` draws and scores.
 
-    map: "attribution" or "cosine", the one that pictures show and fusion starts from; both are
-        scored. references: other clips' frames that an attribution starts from, at least 2.
+    map: "attribution" (the cosine is scored too) or "cosine" alone, which is quick; pictures show
+        it and fusion starts from it. references: other clips' frames that an attribution starts
+        from, at least 2.
     annotations: vggss.json or a folder of Flickr-SoundNet XML files (None: the boxes of the
         synthetic clips). ids: CSV whose first column names the clips to keep. frames, sounds:
         folders with <id>.jpg and <id>.wav of the annotated clips (None: the clips of data.*, whose

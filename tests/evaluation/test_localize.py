@@ -53,6 +53,10 @@ def test_figures_and_controls(result):
     assert metrics["controls"]["centred disc"]["mean_ciou"] == pytest.approx(np.mean(expected))
     per_clip = [clip["ciou"]["fused (ezvsl)"] for clip in metrics["clips"]]
     assert metrics["headline"]["cIoU"] == pytest.approx(np.mean(per_clip))
+    gains = np.subtract(per_clip, expected)
+    above = metrics["above_centred_disc"]
+    assert above["mean_ciou"] == pytest.approx(gains.mean())
+    assert above["standard_error"] == pytest.approx(gains.std(ddof=1) / 6**0.5)
     best = metrics["best_half_of_picture"]["mean_ciou"]
     rows = [*metrics["maps"].values(), metrics["controls"]["random"]]
     assert all(row["mean_ciou"] <= best + 1e-6 for row in rows)

@@ -12,8 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--map",
         choices=("attribution", "cosine"),
         default="attribution",
-        help="what pictures and videos show and fusion starts from (both are scored): what each "
-        "pixel adds to the similarity of frame and sound, or the sound's cosine with each token",
+        help="what each pixel adds to the similarity of frame and sound (the other is scored, "
+        "too), or only the sound's cosine with each token, which is quick",
     )
     parser.add_argument(
         "--references",
