@@ -15,7 +15,7 @@ from kdcmae_fast.evaluation.localization_maps import attribution_maps, similarit
 from kdcmae_fast.evaluation.localization_scores import ciou_auc
 from kdcmae_fast.evaluation.localization_settings import LocalizationSettings
 from kdcmae_fast.evaluation.offset import OffsetScore, best_offset, best_offsets
-from kdcmae_fast.evaluation.pictures import draw_clip, reconstruct_batch
+from kdcmae_fast.evaluation.pictures import draw_clip
 from kdcmae_fast.evaluation.plots import plot_losses
 from kdcmae_fast.evaluation.ranking import RetrievalScores, retrieval_scores
 from kdcmae_fast.evaluation.reconstruction import reconstruct

@@ -85,7 +85,7 @@ def localize(
     dataset, truth = _clips_and_truth(opened, settings)
     chosen = _chosen(truth, source.num_clips, isinstance(truth, SyntheticTruth))
     references = make_references(
-        opened.model, dataset, opened.data, truth.indices, settings.references
+        opened.model, dataset, opened.data, range(len(dataset)), settings.references
     )
     priors = [p if p in PRIORS else read_prior(p) for p in settings.priors]
     bad = BadClips(len(dataset), opened.data.max_bad_share)
@@ -217,12 +217,12 @@ class Tally:
             "clips": self.clips,
         }
 
-    def _above(self, main: str) -> dict[str, float]:
+    def _above(self, main: str) -> dict[str, float | None]:
         """Mean over clips of the map's cIoU less the centred disc's, and its standard error."""
         pairs = zip(self.scores["maps"][main], self.scores["controls"][DISC], strict=True)
         gains = np.array([own.ciou - disc.ciou for own, disc in pairs])
-        error = gains.std(ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
-        return {"mean_ciou": float(gains.mean()), "standard_error": float(error)}
+        error = float(gains.std(ddof=1) / len(gains) ** 0.5) if len(gains) > 1 else None
+        return {"mean_ciou": float(gains.mean()), "standard_error": error}
 
 
 def as_pictures(maps: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -79,7 +79,7 @@ def make_references(
     )
     if sum(len(batch.clips) for batch in batches) < 2:
         raise ValueError(
-            "fewer than 2 clips with boxes can be read: each one's map is compared with what other "
+            "fewer than 2 clips can be read: each one's map is compared with what other "
             "clips' frames and sounds give; add clips"
         )
     return References(

@@ -133,7 +133,7 @@ class LocalizationWriter:
         scores: Mapping[str, MapScores],
     ) -> None:
         assert self.output is not None
-        name = f"{len(self.pictures):03d}_{file_name(clip.video_id)}.png"
+        name = f"{len(self.pictures):03d}_{file_name(clip_name(clip.video_id))}.png"
         ciou = scores[next(iter(heats))].ciou
         title = f"{clip.video_id}: cIoU {ciou:.2f}"
         panels = [
@@ -156,7 +156,7 @@ class LocalizationWriter:
             return  # its one frame could be read; the report of bad clips is about those
         heats = min_max(self._film_maps(film).flatten(0, 1)[None])[0]  # one scale for the clip
         heats = heats.unflatten(0, (len(film.times), -1)).cpu().numpy()
-        name = f"{len(self.videos):03d}_{file_name(clip.video_id)}.mp4"
+        name = f"{len(self.videos):03d}_{file_name(clip_name(clip.video_id))}.mp4"
         write_overlay_video(
             self.output / name,
             np.stack([_shown(frame) for frame in film.frames]),
@@ -199,7 +199,7 @@ def localization_table(metrics: Mapping[str, Any]) -> str:
     side = "above" if gain["mean_ciou"] > 0 else "BELOW"
     lines.append(
         f"{metrics['map']}: cIoU {abs(gain['mean_ciou']):.3f} {side} the centred disc, standard "
-        f"error {gain['standard_error']:.3f} ({metrics['num_clips']} clips: "
+        f"error {gain['standard_error'] or 0:.3f} ({metrics['num_clips']} clips: "
         f"{metrics['clips_of']}; boxes: {metrics['annotations']})"
     )
     return "\n".join(lines)
