@@ -158,8 +158,13 @@ def read_label_csv(path: str) -> dict[str, int]:
     return classes
 
 
-def read_manifest(path: str, classes: dict[str, int] | None) -> list[Entry]:
-    """The clips of a JSON list. classes: mid -> number, None: no labels wanted."""
+def read_manifest(
+    path: str, classes: dict[str, int] | None, *, pictures: bool = True
+) -> list[Entry]:
+    """The clips of a JSON list. classes: mid -> number, None: no labels wanted.
+
+    pictures: False for sounds, whose `video_path` may be empty or missing.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -170,17 +175,20 @@ def read_manifest(path: str, classes: dict[str, int] | None) -> list[Entry]:
     rows = content.get("data") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"data.path={path!r}: need an object with a filled list under 'data'")
-    return [_entry(f"data.path={path!r}, entry {i}", row, classes) for i, row in enumerate(rows)]
+    keys = ["video_id", "wav", *(["video_path"] if pictures else [])]
+    return [
+        _entry(f"data.path={path!r}, entry {i}", row, keys, classes) for i, row in enumerate(rows)
+    ]
 
 
-def _entry(where: str, row: object, classes: dict[str, int] | None) -> Entry:
-    keys = ["video_id", "wav", "video_path"] + (["labels"] if classes is not None else [])
+def _entry(where: str, row: object, required: list[str], classes: dict[str, int] | None) -> Entry:
+    keys = required + (["labels"] if classes is not None else [])
     if not isinstance(row, dict):
         raise ValueError(f"{where}: must be an object with {', '.join(keys)}")
     for key in keys:
         if not isinstance(row.get(key), str) or not row[key]:
             raise ValueError(f"{where}: {key!r} must be text, got {row.get(key)!r}")
-    for key in ("wav", "video_path"):
+    for key in required[1:]:
         if found := PLACEHOLDER.search(row[key]):
             raise ValueError(
                 f"{where}: {key}={row[key]!r} still has the placeholder {found.group()}; "
@@ -194,4 +202,4 @@ def _entry(where: str, row: object, classes: dict[str, int] | None) -> Entry:
                 f"{where} ({row['video_id']}): label {mids[0]!r} is not in the label CSV"
             )
         numbers = tuple(classes[mid] for mid in mids if mid in classes)
-    return Entry(row["video_id"], row["wav"], row["video_path"].rstrip("/"), numbers)
+    return Entry(row["video_id"], row["wav"], str(row.get("video_path") or "").rstrip("/"), numbers)
