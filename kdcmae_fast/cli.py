@@ -256,6 +256,7 @@ COMMANDS = {
     "inpaint": _of_module(
         "hide parts of clips, fill them in: pictures and sounds", f"{EVALUATION}.inpaint"
     ),
+    "probe": _of_module("simple classifiers on frozen features, with folds", f"{EVALUATION}.probe"),
     "reconstruct": _of_module(
         "pictures of masked and reconstructed clips", f"{EVALUATION}.reconstruct"
     ),

@@ -134,6 +134,18 @@ class ManifestClips:
 
 def read_label_csv(path: str) -> dict[str, int]:
     """mid -> class number; ValueError naming the file and the line for anything else."""
+    return {row["mid"]: int(row["index"]) for row in _label_rows(path)}
+
+
+def label_names(path: str) -> dict[int, str]:
+    """Class number -> display name (of several rows of a class the first); errors as above."""
+    names: dict[int, str] = {}
+    for row in _label_rows(path):
+        names.setdefault(int(row["index"]), row["display_name"] or row["mid"])
+    return names
+
+
+def _label_rows(path: str) -> list[dict[str, str]]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             table = csv.DictReader(file)
@@ -146,16 +158,16 @@ def read_label_csv(path: str) -> dict[str, int]:
             rows = list(table)
     except OSError as error:
         raise ValueError(f"data.label_csv={path}: {error.strerror}") from error
-    classes: dict[str, int] = {}
+    mids: set[str] = set()
     for line, row in enumerate(rows, 2):
         number = (row["index"] or "").strip()
-        if not number.isdecimal() or not row["mid"] or row["mid"] in classes:
+        if not number.isdecimal() or not row["mid"] or row["mid"] in mids:
             raise ValueError(
                 f"data.label_csv={path}, line {line}: need a whole number and a mid not used "
                 f"before, got index={row['index']!r}, mid={row['mid']!r}"
             )
-        classes[row["mid"]] = int(number)
-    return classes
+        mids.add(row["mid"])
+    return rows
 
 
 def read_manifest(

@@ -30,8 +30,8 @@ class SoundClips:
         if Path(path).is_dir():
             if label_csv:
                 raise ValueError(
-                    f"data.label_csv={label_csv}: data.path={path!r} is a folder, whose sounds have "
-                    "no labels; give a JSON list as data.path"
+                    f"data.label_csv={label_csv}: data.path={path!r} is a folder, and its sounds "
+                    "have no labels; give a JSON list as data.path"
                 )
             self.entries = _folder_entries(Path(path))
         else:
@@ -70,5 +70,7 @@ def _folder_entries(root: Path) -> list[Entry]:
     if not files:
         raise ValueError(f"data.path={str(root)!r} holds no sound files (looked for {KINDS})")
     # A name that is not UTF-8 must not break the report it is written to.
-    names = (file.relative_to(root).as_posix().encode("utf-8", "replace").decode() for file in files)
+    names = (
+        file.relative_to(root).as_posix().encode("utf-8", "replace").decode() for file in files
+    )
     return [Entry(name, str(file), "", ()) for name, file in zip(names, files, strict=True)]

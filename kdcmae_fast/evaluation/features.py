@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from kdcmae_fast.batch import Batch
 from kdcmae_fast.config import DataConfig
 from kdcmae_fast.data import BadClip, BadClips, Clip, ClipDataset, ClipError, FrontEnd, RawBatch
 from kdcmae_fast.data.loader import collate
@@ -41,6 +42,7 @@ def extract_features(
     num_clips: int | None = None,
     batch_size: int = 32,
     progress: bool = False,
+    modalities: tuple[str, ...] = ("audio", "video"),
 ) -> ClipFeatures:
     """Encode the first clips of a dataset, unmasked, with `model.encode`.
 
@@ -49,6 +51,7 @@ def extract_features(
     num_clips: how many clips to take from the start (None: all). Unreadable ones among them are
         left out and named in `.bad`.
     batch_size: clips encoded at once. progress: show a bar on stderr.
+    modalities: what to encode; the features of the other one are (N, 0).
 
     Raises ValueError when the dataset has fewer clips, TooManyBadClips past data.max_bad_share.
     """
@@ -64,10 +67,8 @@ def extract_features(
         with torch.inference_mode():
             for raw in _with_bar(batches, wanted) if progress else batches:
                 batch = front_end(raw, device)
-                features = model.encode(fbank=batch.fbank, frames=batch.frames)
-                assert features.audio is not None and features.video is not None  # both given
-                pooled = (features.audio.float().cpu(), features.video.float().cpu())
-                rows.append((raw.sample_ids, raw.labels, *pooled))
+                pooled = encode_pooled(model, batch, modalities)
+                rows.append((raw.sample_ids, raw.labels, *(f.float().cpu() for f in pooled)))
                 bad.check(sum(len(row[0]) for row in rows))
     finally:
         model.train(was_training)
@@ -77,6 +78,19 @@ def extract_features(
     sample_ids, labels, audio, video = (torch.cat(column) for column in zip(*rows, strict=True))
     names = tuple(dataset.video_id(index) for index in sample_ids.tolist())
     return ClipFeatures(names, sample_ids, labels, audio, video, tuple(bad.rows()))
+
+
+def encode_pooled(
+    model: "CavMae", batch: Batch, modalities: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
+    """Pooled audio and video features of a batch, (B, D); (B, 0) of what is not in `modalities`."""
+    features = model.encode(
+        fbank=batch.fbank if "audio" in modalities else None,
+        frames=batch.frames if "video" in modalities else None,
+    )
+    nothing = batch.fbank.new_empty(batch.fbank.shape[0], 0)
+    audio, video = (nothing if f is None else f for f in (features.audio, features.video))
+    return audio, video
 
 
 def read_clips(

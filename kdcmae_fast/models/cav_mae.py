@@ -81,6 +81,8 @@ class CavMae(PretrainedModel):
         for name, value in (("audio", fbank), ("video", frames)):
             if value is not None:
                 self.require(name)
+                if value.shape[-1] == 0:
+                    raise ValueError(f"this needs {name}, and these clips have none")
         latents = self.encoder.encode(fbank, frames, self.encode_chain)
         found = summaries(latents)
         return Features(found.get("audio"), found.get("video"), latents.audio, latents.video)

@@ -9,6 +9,8 @@ from kdcmae_fast.kernels import MaskPlan, complementary_masks
 
 from .outputs import Plans
 
+MODALITIES = ("audio", "video")
+
 
 def audio_grid(config: ModelConfig) -> tuple[int, int]:
     """Audio patches (frequency, time); tokens are numbered frequency-major."""
@@ -32,7 +34,9 @@ def draw_plans(config: ModelConfig, sample_ids: Tensor, step: int) -> Plans:
         "audio": (audio_grid(config), 0, config.audio_mask_mode),
         "video": (video_grid(config), 1, "unstructured"),
     }
-    return {name: _draw(config, sample_ids, step, *settings[name]) for name in config.modality_names}
+    return {
+        name: _draw(config, sample_ids, step, *settings[name]) for name in config.modality_names
+    }
 
 
 def _draw(

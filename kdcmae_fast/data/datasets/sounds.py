@@ -18,7 +18,7 @@ from kdcmae_fast.data.datasets.entries import (
 ESC50_FOLDS = range(1, 6)
 FSDD_NAME = re.compile(r"(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<take>\d+)")
 FSDD_TEST_TAKES = 5  # of each digit and speaker, the first
-DIGITS = "zero one two three four five six seven eight nine".split()
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 def read_esc50(root: Path) -> Listing:
