@@ -143,7 +143,7 @@ def test_committed_recipes(recipe):
     data = [] if recipe.stem == "demo" else ["data.path=clips.json"]
     config = load_config(recipe, data)
     assert isinstance(config, RunConfig)
-    if recipe.stem != "demo":
+    if recipe.stem not in ("demo", "fsdd"):  # of ours; the others are published
         assert config.optim.betas == (0.95, 0.999)
         assert (config.optim.weight_decay, config.train.epochs) == (5e-7, 25)
         rates = {"cav_mae_scale": 1e-4, "cav_mae_sync": 2e-4}

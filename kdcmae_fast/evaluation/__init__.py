@@ -6,8 +6,8 @@ from kdcmae_fast.evaluation.hiding import Hiding, hide_patches
 from kdcmae_fast.evaluation.inpainting import inpaint
 from kdcmae_fast.evaluation.pictures import draw_clip
 from kdcmae_fast.evaluation.plots import plot_losses
-from kdcmae_fast.evaluation.probe import probe, probe_features
-from kdcmae_fast.evaluation.probing import ProbeResult, fit_probe
+from kdcmae_fast.evaluation.probe_classifiers import ProbeResult, fit_probe
+from kdcmae_fast.evaluation.probing import probe, probe_features
 from kdcmae_fast.evaluation.ranking import RetrievalScores, retrieval_scores
 from kdcmae_fast.evaluation.reconstruction import reconstruct
 from kdcmae_fast.evaluation.retrieval import retrieve

@@ -208,7 +208,7 @@ KNOWN: dict[str, KnownDataset] = {
         label_csv="zero to nine",
         splits="train, test (takes 0 to 4 of every digit and speaker)",
         metric="top-1",
-        normalisation="data.dataset_mean=MEAN data.dataset_std=STD (of the training part)",
+        normalisation=f"{MEASURE} (configs/fsdd.yaml has those of its own filterbank)",
         used_by="configs/fsdd.yaml: pretraining on sound alone, linear probe and SVM",
         read=read_fsdd,
     ),

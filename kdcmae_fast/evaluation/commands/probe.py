@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Probe, print the table, write."""
-    from kdcmae_fast.evaluation.probe import probe, probe_table
+    from kdcmae_fast.evaluation.probing import probe, probe_table
 
     metrics = probe(
         source_of(options),
