@@ -55,7 +55,7 @@ def prepare(
     """Build the run or take it up again; None if it is finished already."""
     deepspeed_config.check_zero_settings(deepspeed)
     _check_attention(config.model.attention_impl, world, bf16=deepspeed_config.uses_bf16(deepspeed))
-    _check_modalities(config)
+    check_modalities(config)
     start = run_folder.find_checkpoint(output, resume=resume)
     if start is not None:
         run_folder.check_same_run(output, config)
@@ -96,7 +96,7 @@ def prepare(
     )
 
 
-def _check_modalities(config: RunConfig) -> None:
+def check_modalities(config: RunConfig) -> None:
     """ValueError if the model needs what the clips do not have."""
     if config.data.source == "sounds" and config.model.modalities != "audio":
         raise ValueError(
