@@ -19,7 +19,7 @@ Floats = NDArray[np.floating]
 
 # What is tried, from the strongest regularisation to the weakest: of equals the first is taken.
 CANDIDATES: dict[str, tuple[float, ...]] = {
-    "linear": (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0),  # C of the logistic regression
+    "linear": (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0),  # C of the logistic regression
     "svm": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),  # C of LinearSVC, as XKD (arXiv 2211.13929) tries
     "knn": (50, 20, 10, 5, 3, 1),  # k
 }
