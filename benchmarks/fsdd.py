@@ -9,6 +9,7 @@ mean over time and all of it. Writes OUTPUT/fsdd.json, and to FILE what benchmar
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import platform
@@ -37,6 +38,7 @@ from kdcmae_fast.models.cav_mae import CavMae
 ROOT = Path(__file__).resolve().parents[1]
 CLASSIFIERS = ("linear", "svm", "knn")
 SEEDS = range(5)  # of the untrained models
+FINER_BINS = 128  # of a filterbank finer than the model's
 
 
 def main() -> None:
@@ -93,6 +95,10 @@ def probes(run: Path, lists: Path) -> dict[str, Any]:
     config = run_config(run, lists)
     parts = [read_part(config, lists / f"{name}.json") for name in ("train", "test")]
     fbank = torch.cat([part[0] for part in parts])
+    finer = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, num_mel_bins=FINER_BINS)
+    )
+    fine = [read_part(finer, lists / f"{name}.json")[0] for name in ("train", "test")]
     labels = np.concatenate([part[1] for part in parts])
     sizes = [len(part[1]) for part in parts]
     fold = Fold(np.arange(sizes[0]), np.arange(sizes[0], sum(sizes)))
@@ -117,6 +123,7 @@ def probes(run: Path, lists: Path) -> dict[str, Any]:
             torch.cat([fbank.mean(dim=1), fbank.std(dim=1)], dim=1)
         ),
         "fbank, all values": scores(fbank.flatten(1)),
+        f"fbank of {FINER_BINS} bins, mean over time": scores(torch.cat(fine).mean(dim=1)),
     }
     return {"train_clips": sizes[0], "test_clips": sizes[1], "chance": 0.1, "probes": rows}
 
