@@ -1,12 +1,12 @@
 """Sound files without pictures as a dataset, for models of sound alone and for probes of sound."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from kdcmae_fast.data.clip import FRAME_STREAM, Clip, ClipError, keyed_rng
+from kdcmae_fast.data.clip import FRAME_STREAM, Clip, ClipError, ClipFrames, keyed_rng
 from kdcmae_fast.data.manifest import Entry, read_label_csv, read_manifest
 from kdcmae_fast.data.media import MediaError, MediaOptions, read_sound
 
@@ -55,6 +55,19 @@ class SoundClips:
             raise ClipError(entry.video_id, str(error)) from error
         picture = torch.empty(3, 0, 0, dtype=torch.uint8)
         return Clip(entry.video_id, index, waveform, picture, entry.label, entry.classes)
+
+    def read_frames(
+        self,
+        index: int,
+        num_frames: int | None = None,
+        *,
+        only: Sequence[int] | None = None,
+        epoch: int | None = None,
+    ) -> ClipFrames:
+        """Raises ValueError: there are no pictures."""
+        raise ValueError(
+            f"data.source=sounds: {self.video_id(index)} has no pictures, and this needs them"
+        )
 
     def label_sets(self) -> Iterator[tuple[int, ...]]:
         """The class numbers of every clip; () where labels were not read."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcmae_fast.data import Clip, ClipDataset, open_dataset
+from kdcmae_fast.data import Clip, ClipDataset, ClipFrames, open_dataset
 from kdcmae_fast.data.manifest import label_names
 from kdcmae_fast.data.shards.layout import LABELS
 from kdcmae_fast.data.synthetic import CLASS_NAMES
@@ -90,6 +90,19 @@ class EachOnce:
         """Clip `index` as `epoch` sees it."""
         dataset, own = self._clips[index]
         return dataset.read(own, epoch)._replace(index=index)
+
+    def read_frames(
+        self,
+        index: int,
+        num_frames: int | None = None,
+        *,
+        only: Sequence[int] | None = None,
+        epoch: int | None = None,
+    ) -> ClipFrames:
+        """All frames of clip `index`."""
+        dataset, own = self._clips[index]
+        clip = dataset.read_frames(own, num_frames, only=only, epoch=epoch)
+        return clip._replace(index=index)
 
 
 def probe_clips(
