@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="on top of the recipe")
     options = parser.parse_intermixed_args()
 
+    origin = provenance()
     lists = options.output / "lists"
     write_lists("fsdd", options.folder, lists)
     run = options.output / "run"
@@ -57,7 +58,7 @@ def main() -> None:
     record = {
         "what": "pretraining configs/fsdd.yaml, then probes of frozen features",
         "date": datetime.date.today().isoformat(),
-        **provenance(),
+        **origin,
         **training_figures(run, seconds),
         **probes(run, lists),
     }

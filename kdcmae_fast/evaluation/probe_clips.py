@@ -117,7 +117,7 @@ def probe_clips(
         raise ValueError(f"--folds {folds} must be at least 2")
     if any(FOLD in override for override in source.overrides):
         return _of_fold_lists(source, folds, test_path, test_clips)
-    opened = open_source(source)
+    opened = open_source(source, needs=())
     if folds is not None:
         if test_path is not None or test_clips is not None:
             given = "--test-path" if test_path is not None else "--test-clips"
@@ -176,7 +176,7 @@ def _of_fold_lists(
     path = next(
         (s.partition("=")[2] for s in source.overrides if s.startswith("data.path=")), test_path
     )
-    opened = open_source(first)
+    opened = open_source(first, needs=())
     count = 1
     while Path(path.replace(FOLD, str(count + 1))).exists():
         count += 1

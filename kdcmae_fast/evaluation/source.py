@@ -58,14 +58,20 @@ class Opened(NamedTuple):
         return next(self.model.parameters()).device
 
 
-def open_source(source: EvaluationSource) -> Opened:
-    """Model and clips; ValueError naming the setting for what is not there or does not fit."""
+def open_source(source: EvaluationSource, *, needs: Sequence[str] = ("audio", "video")) -> Opened:
+    """Model and clips; ValueError naming the setting for what is not there or does not fit.
+
+    needs: the modalities that the evaluation takes of both.
+    """
     folder = model_folder(source.checkpoint)
     data, seed, origin = data_settings(folder, source.recipe, source.overrides)
     model = from_pretrained(folder)
     if not isinstance(model, CavMae):
         raise ValueError(f"--checkpoint {folder} holds a {model.name}; give a pretrained model")
     model = model.to(pick_device(source.device)).eval()
+    model.require(*needs)
+    if "video" in needs and data.source == "sounds":
+        raise ValueError("data.source=sounds has no pictures, and this needs them")
     synthetic = data.source == "synthetic"
     split = source.split or ("heldout" if synthetic else "train")
     dataset = open_dataset(data, model.config, seed=seed, split=split)

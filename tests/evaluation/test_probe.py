@@ -150,7 +150,7 @@ def test_clips_that_cannot_be_read_are_left_out_of_their_part(of_sounds, sounds,
 
 
 def test_the_same_clip_in_two_lists_is_one(of_sounds):
-    opened = open_source(of_sounds())
+    opened = open_source(of_sounds(), needs=())
     part = Part(opened.dataset, 5, "a list")
     clips = EachOnce([part, part._replace(num_clips=7)])
     assert len(clips) == 7 and clips.numbers[1].tolist() == list(range(7))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kdcmae_fast.convert import export_published
 from kdcmae_fast.models import Batch, build_model, from_pretrained
 from kdcmae_fast.models.masking import draw_plans
 
@@ -123,6 +124,10 @@ def test_what_is_not_there_is_refused_in_one_line(batch):
         model(batch, draw_plans(make("both").config, IDS, 0))
     with pytest.raises(ValueError, match="modalities=audio: CLS and registers"):
         make("audio", name="cav_mae_sync")
+    with pytest.raises(ValueError, match="modalities=audio: published files are of models of both"):
+        export_published(model, "model.pth")
+    with pytest.raises(ValueError, match="modalities=audio: cav_mae_classifier is built on both"):
+        make("audio", name="cav_mae_classifier", num_classes=3)
     with pytest.raises(ValueError, match="mae_loss_weight=0"):
         make("audio", name="cav_mae", mae_loss_weight=0.0)
 
