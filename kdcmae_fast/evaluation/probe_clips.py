@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcmae_fast.data import Clip, ClipDataset, ClipFrames, open_dataset
+from kdcmae_fast.data.folder import VideoFolder
 from kdcmae_fast.data.manifest import label_names
 from kdcmae_fast.data.shards.layout import LABELS
 from kdcmae_fast.data.synthetic import CLASS_NAMES
@@ -209,6 +210,11 @@ def _part(opened: Opened, dataset: ClipDataset, num_clips: int | None) -> Part:
 
 def _labels_of(part: Part) -> list[tuple] | None:
     """Labels of each clip where the list tells; ValueError for a clip without, or with several."""
+    if isinstance(part.dataset, VideoFolder):
+        raise ValueError(
+            f"{part.name}: the videos of a folder have no labels; a probe needs a list with labels "
+            "(data.source=manifest, shards or sounds)"
+        )
     if not hasattr(part.dataset, "label_sets"):
         return None
     labels = [tuple(own) for own in islice(part.dataset.label_sets(), part.num_clips)]

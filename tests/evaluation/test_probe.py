@@ -178,6 +178,11 @@ def test_what_cannot_be_probed_is_refused_before_work(of_sounds, sounds, model_f
     assert "is listed twice" in error_of(of_sounds(), test_path=twice)
     other = write_list(tmp_path / "other.json", [{**one[0], "labels": "high"}])
     assert "has other labels in another list" in error_of(of_sounds(), test_path=other)
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"not opened")
+    videos = ("data.source=folder", f"data.path={tmp_path / 'videos'}")
+    folder = EvaluationSource(checkpoint=str(model_folder), overrides=videos)
+    assert "the videos of a folder have no labels" in error_of(folder, folds=2)
     several = write_list(tmp_path / "several.json", [{**one[0], "labels": "high,low"}])
     assert "has 2 labels" in error_of(of_sounds(), test_path=several)
 
