@@ -27,7 +27,7 @@ from torch import Tensor
 
 import kdcmae_fast
 from kdcmae_fast.config import RunConfig
-from kdcmae_fast.config_file import load_config, read_yaml
+from kdcmae_fast.config_file import load_config
 from kdcmae_fast.data import FrontEnd, open_dataset
 from kdcmae_fast.data.datasets import write_lists
 from kdcmae_fast.data.loader import collate
@@ -65,11 +65,16 @@ def main() -> None:
     text = json.dumps(record, indent=1) + "\n"
     for path in filter(None, (options.output / "fsdd.json", options.results)):
         path.write_text(text, encoding="utf-8")
-    print(table(record))
 
 
 def pretrain(run: Path, lists: Path, settings: list[str]) -> float:
-    """Train through the engine in a process of its own; wall seconds, start-up included."""
+    """Train through the engine in a process of its own; wall seconds, start-up included.
+
+    A finished run is left as it is.
+    """
+    done = run.with_name("training.json")
+    if done.exists():
+        return json.loads(done.read_text(encoding="utf-8"))["seconds"]
     start = time.perf_counter()
     command = [
         sys.executable, str(ROOT / "kdcmae_fast" / "pretrain.py"),
@@ -78,7 +83,9 @@ def pretrain(run: Path, lists: Path, settings: list[str]) -> float:
         f"data.path={lists / 'train.json'}", *settings,
     ]  # fmt: skip
     subprocess.run(command, check=True)
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    done.write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
+    return seconds
 
 
 def training_figures(run: Path, seconds: float) -> dict[str, Any]:
@@ -87,8 +94,10 @@ def training_figures(run: Path, seconds: float) -> dict[str, Any]:
     names = ("steps", "samples", "start_losses", "final_losses", "clips_per_second")
     figures = {name: metrics[name] for name in names}
     figures["clips_per_second"] = round(figures["clips_per_second"], 1)
-    recipe = read_yaml(ROOT / "configs" / "fsdd.yaml")
-    return {"recipe": recipe, **figures, "seconds_in_all": round(seconds)}
+    settings = metrics["config"]
+    for name in ("path", "label_csv"):  # of this machine
+        settings["data"].pop(name)
+    return {"settings": settings, **figures, "seconds_in_all": round(seconds)}
 
 
 def probes(run: Path, lists: Path) -> dict[str, Any]:
@@ -104,28 +113,30 @@ def probes(run: Path, lists: Path) -> dict[str, Any]:
     sizes = [len(part[1]) for part in parts]
     fold = Fold(np.arange(sizes[0]), np.arange(sizes[0], sum(sizes)))
 
-    def scores(features: Tensor) -> dict[str, dict[str, float]]:
-        found = {}
+    def scores(name: str, features: Tensor) -> dict[str, Any]:
+        found: dict[str, Any] = {"features": features.shape[1]}
         for classifier in CLASSIFIERS:
             result = probe_features(features.numpy(), labels, [fold], classifier=classifier)
             row = result["folds"][0]
             found[classifier] = {"accuracy": result["accuracy"], row["parameter"]: row["selected"]}
-        return {"features": features.shape[1], **found}
+        print(row_text(name, found), flush=True)
+        return found
 
     def untrained(seed: int) -> Tensor:
         torch.manual_seed(seed)
         return encode(build_model(config.name, config.preset, **vars(config.model)), fbank)
 
-    rows = {
-        "pretrained": scores(encode(from_pretrained(run / "model"), fbank)),
-        **{f"untrained, seed {seed}": scores(untrained(seed)) for seed in SEEDS},
-        "fbank, mean over time": scores(fbank.mean(dim=1)),
-        "fbank, mean and deviation over time": scores(
-            torch.cat([fbank.mean(dim=1), fbank.std(dim=1)], dim=1)
-        ),
-        "fbank, all values": scores(fbank.flatten(1)),
-        f"fbank of {FINER_BINS} bins, mean over time": scores(torch.cat(fine).mean(dim=1)),
+    mean, deviation = fbank.mean(dim=1), fbank.std(dim=1)
+    kinds: dict[str, Tensor] = {
+        "pretrained": encode(from_pretrained(run / "model"), fbank),
+        **{f"untrained, seed {seed}": untrained(seed) for seed in SEEDS},
+        "fbank, mean over time": mean,
+        "fbank, mean and deviation over time": torch.cat([mean, deviation], dim=1),
+        f"fbank of {FINER_BINS} bins, mean over time": torch.cat(fine).mean(dim=1),
+        "fbank, all values": fbank.flatten(1),
     }
+    print(row_text("", dict.fromkeys(CLASSIFIERS)))
+    rows = {name: scores(name, features) for name, features in kinds.items()}
     return {"train_clips": sizes[0], "test_clips": sizes[1], "chance": 0.1, "probes": rows}
 
 
@@ -179,13 +190,10 @@ def processor() -> str:
     return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "CPU")
 
 
-def table(record: dict[str, Any]) -> str:
-    """Accuracies, a line for each kind of features."""
-    lines = [f"{'':38}" + "".join(f"{name:>9}" for name in CLASSIFIERS)]
-    for name, row in record["probes"].items():
-        cells = "".join(f"{row[c]['accuracy']:>9.1%}" for c in CLASSIFIERS)
-        lines.append(f"{name:38}{cells}")
-    return "\n".join(lines)
+def row_text(name: str, row: dict[str, Any]) -> str:
+    """Accuracies of one kind of features for a terminal; without any the heads of the columns."""
+    cells = (f"{row[c]['accuracy']:.1%}" if row[c] else c for c in CLASSIFIERS)
+    return f"{name:38}" + "".join(f"{cell:>9}" for cell in cells)
 
 
 if __name__ == "__main__":

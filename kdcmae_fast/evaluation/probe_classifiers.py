@@ -25,7 +25,7 @@ CANDIDATES: dict[str, tuple[float, ...]] = {
 }
 PARAMETERS = {"linear": "C", "svm": "C", "knn": "k"}
 VALIDATION_SHARE = 0.2  # of each class of the training part
-MAX_ITERATIONS = 2000
+MAX_ITERATIONS = 1000
 
 
 class ProbeResult(NamedTuple):

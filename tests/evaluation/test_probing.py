@@ -29,9 +29,9 @@ def by_hand(classifier: str, value: float, train, labels, test):
     mean, std = train.mean(0), train.std(0)
     train, test = (train - mean) / std, (test - mean) / std
     if classifier == "linear":
-        model = LogisticRegression(C=value, max_iter=2000)
+        model = LogisticRegression(C=value, max_iter=1000)
     elif classifier == "svm":
-        model = LinearSVC(C=value, max_iter=2000, random_state=3)
+        model = LinearSVC(C=value, max_iter=1000, random_state=3)
     else:
         model = KNeighborsClassifier(int(value), metric="cosine")
     return model.fit(train, labels).predict(test)
@@ -127,7 +127,7 @@ def test_a_weak_selection_would_show():
     found = fit_probe(features, labels, features[:1])
     scaled = (features - features.mean(0)) / features.std(0)
     scores = {
-        value: cross_val_score(LogisticRegression(C=value, max_iter=2000), scaled, labels).mean()
+        value: cross_val_score(LogisticRegression(C=value, max_iter=1000), scaled, labels).mean()
         for value in CANDIDATES["linear"]
     }
     assert scores[found.value] > max(scores.values()) - 0.05
