@@ -4,8 +4,8 @@
 
 FSDD_FOLDER: the recordings of the Free Spoken Digit Dataset. Makes its lists, pretrains
 configs/fsdd.yaml on the training part (without its labels), and probes on the dataset's own split:
-the model, the same model untrained under several seeds, and filterbanks, each clip's
-mean (and deviation) over time. Writes OUTPUT/fsdd.json, and to FILE what benchmarks/results/ holds.
+the model, the same model untrained under several seeds, and filterbanks pooled over time. Writes
+OUTPUT/fsdd.json and FILE. A finished run in OUTPUT is taken up.
 """
 
 import argparse
