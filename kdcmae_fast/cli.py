@@ -268,6 +268,7 @@ COMMANDS = {
     ),
     "features": _of_module("features as NumPy or Parquet files", f"{EVALUATION}.features"),
     "localize": _of_module("where in a frame its sound comes from", f"{EVALUATION}.localize"),
+    "probe": _of_module("simple classifiers on frozen features, with folds", f"{EVALUATION}.probe"),
     "reconstruct": _of_module(
         "pictures of masked and reconstructed clips", f"{EVALUATION}.reconstruct"
     ),

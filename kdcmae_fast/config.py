@@ -72,6 +72,8 @@ class ModelConfig:
     __pydantic_config__: ClassVar[Any] = STRICT
 
     # Inputs
+    # One alone: no parameters, no losses of the other, no InfoNCE; "joint" is then its own tokens.
+    modalities: Literal["both", "audio", "video"] = "both"
     audio_length: int = 1024  # T, fbank frames of 10 ms
     num_mel_bins: int = 128  # F
     img_size: int = 224  # pixels, square
@@ -151,6 +153,11 @@ class ModelConfig:
         self._require_tokens()
         self._require_views()
 
+    @property
+    def modality_names(self) -> tuple[str, ...]:
+        """The modalities that the model has: "audio", "video" or both, in this order."""
+        return ("audio", "video") if self.modalities == "both" else (self.modalities,)
+
     def _require_tokens(self) -> None:
         _require(
             self.cls_token or not self.global_local,
@@ -159,6 +166,10 @@ class ModelConfig:
         _require(
             self.num_registers > 0 or not self.keep_registers,
             "keep_registers=True: there are none, num_registers=0",
+        )
+        _require(
+            self.modalities == "both" or not (self.cls_token or self.num_registers),
+            f"modalities={self.modalities}: CLS and registers (CAV-MAE Sync) need both",
         )
         for name in ("audio_mask_ratio", "video_mask_ratio"):
             value = getattr(self, name)
@@ -174,8 +185,8 @@ class ModelConfig:
             "audio": (self.num_mel_bins // patch) * (self.audio_length // patch),
             "video": (self.img_size // patch) ** 2,
         }
-        for modality, num_tokens in tokens.items():
-            name = f"{modality}_mask_ratio"
+        for modality in self.modality_names:
+            num_tokens, name = tokens[modality], f"{modality}_mask_ratio"
             ratio = getattr(self, name)
             name, ratio = ("mask_ratio", self.mask_ratio) if ratio is None else (name, ratio)
             least, most = MULTI_RATIO if self.multi_ratio_masking else (ratio, ratio)
@@ -220,9 +231,11 @@ class DataConfig:
 
     __pydantic_config__: ClassVar[Any] = STRICT
 
-    source: Literal["synthetic", "manifest", "shards", "folder"] = "synthetic"
-    path: str = ""  # manifest: JSON file; shards: what `kdcmae prepare` made; folder: of videos
-    label_csv: str = ""  # manifest, shards: index,mid,display_name
+    source: Literal["synthetic", "manifest", "shards", "folder", "sounds"] = "synthetic"
+    # manifest: JSON file; shards: what `kdcmae prepare` made; folder: of videos; sounds: a JSON
+    # file or a folder of sound files, without pictures (model.modalities=audio)
+    path: str = ""
+    label_csv: str = ""  # manifest, shards, sounds: index,mid,display_name
     shuffle_window: int = 16384  # shards: clips shuffled together, so that reading stays local
     num_clips: int = 2000  # synthetic: size of the training set
     clip_seconds: float | None = None  # synthetic: length; None: model.audio_length rows
@@ -324,6 +337,11 @@ class RunConfig:
         _require(
             self.train.contrast_over == "micro_batch" or self.model.contrast_loss_weight > 0,
             "train.contrast_over=step: there is no contrastive term (model.contrast_loss_weight=0)",
+        )
+        one = self.model.modalities
+        _require(
+            self.train.contrast_over == "micro_batch" or one == "both",
+            f"train.contrast_over=step: there is no contrastive term (model.modalities={one})",
         )
         self._require_frames()
 

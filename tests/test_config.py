@@ -175,7 +175,7 @@ def test_committed_fine_tuning_recipes(recipe):
 def test_committed_recipes(recipe):
     config = load_config(recipe, ["data.path=clips.json"])
     assert isinstance(config, RunConfig)
-    if config.data.source != "synthetic":  # a published training
+    if config.data.source != "synthetic" and recipe.stem != "fsdd":  # a published training
         assert config.optim.betas == (0.95, 0.999)
         assert (config.optim.weight_decay, config.train.epochs) == (5e-7, 25)
         rates = {"cav_mae_scale": 1e-4, "cav_mae_sync": 2e-4}

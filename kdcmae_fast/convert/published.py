@@ -134,6 +134,11 @@ def export_published(model: Model, path: str | os.PathLike[str]) -> None:
     path: .pth (names under `module.`, as published) or .safetensors (bare names). Dead norms are
     written as 1 and 0, so that the published code loads the file strictly; see `keys.py`.
     """
+    if model.config.modalities != "both":
+        raise ValueError(
+            f"modalities={model.config.modalities}: published files are of models of both audio "
+            "and video; keep the model folder"
+        )
     write_tensors(path, published_state(model))
 
 

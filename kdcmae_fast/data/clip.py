@@ -23,7 +23,8 @@ class Clip(NamedTuple):
     """One clip: its sound and one frame.
 
     video_id: the clip's name in reports. index: its position in the dataset.
-    waveform: (N,) float32 at 16 kHz, in [-1, 1]. frame: (3, H, W) uint8, RGB.
+    waveform: (N,) float32 at 16 kHz, in [-1, 1]. frame: (3, H, W) uint8, RGB; (3, 0, 0) of a sound
+    without pictures.
     label: class number, the first of its labels; -1 when unknown. classes: the numbers of all.
 
     With several frames n of one clip and all its sound (`data.pairs`): frame is (n, 3, H, W),

@@ -157,6 +157,18 @@ class ManifestClips:
 
 def read_label_csv(path: str) -> dict[str, int]:
     """mid -> class number; ValueError naming the file and the line for anything else."""
+    return {row["mid"]: int(row["index"]) for row in _label_rows(path)}
+
+
+def label_names(path: str) -> dict[int, str]:
+    """Class number -> display name (of several rows of a class the first); errors as above."""
+    names: dict[int, str] = {}
+    for row in _label_rows(path):
+        names.setdefault(int(row["index"]), row["display_name"] or row["mid"])
+    return names
+
+
+def _label_rows(path: str) -> list[dict[str, str]]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             table = csv.DictReader(file)
@@ -169,20 +181,25 @@ def read_label_csv(path: str) -> dict[str, int]:
             rows = list(table)
     except OSError as error:
         raise ValueError(f"data.label_csv={path}: {error.strerror}") from error
-    classes: dict[str, int] = {}
+    mids: set[str] = set()
     for line, row in enumerate(rows, 2):
         number = (row["index"] or "").strip()
-        if not number.isdecimal() or not row["mid"] or row["mid"] in classes:
+        if not number.isdecimal() or not row["mid"] or row["mid"] in mids:
             raise ValueError(
                 f"data.label_csv={path}, line {line}: need a whole number and a mid not used "
                 f"before, got index={row['index']!r}, mid={row['mid']!r}"
             )
-        classes[row["mid"]] = int(number)
-    return classes
+        mids.add(row["mid"])
+    return rows
 
 
-def read_manifest(path: str, classes: dict[str, int] | None) -> list[Entry]:
-    """The clips of a JSON list. classes: mid -> number, None: no labels wanted."""
+def read_manifest(
+    path: str, classes: dict[str, int] | None, *, pictures: bool = True
+) -> list[Entry]:
+    """The clips of a JSON list. classes: mid -> number, None: no labels wanted.
+
+    pictures: False for sounds, whose `video_path` may be empty or missing.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -193,17 +210,20 @@ def read_manifest(path: str, classes: dict[str, int] | None) -> list[Entry]:
     rows = content.get("data") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"data.path={path!r}: need an object with a filled list under 'data'")
-    return [_entry(f"data.path={path!r}, entry {i}", row, classes) for i, row in enumerate(rows)]
+    keys = ["video_id", "wav", *(["video_path"] if pictures else [])]
+    return [
+        _entry(f"data.path={path!r}, entry {i}", row, keys, classes) for i, row in enumerate(rows)
+    ]
 
 
-def _entry(where: str, row: object, classes: dict[str, int] | None) -> Entry:
-    keys = ["video_id", "wav", "video_path"] + (["labels"] if classes is not None else [])
+def _entry(where: str, row: object, required: list[str], classes: dict[str, int] | None) -> Entry:
+    keys = required + (["labels"] if classes is not None else [])
     if not isinstance(row, dict):
         raise ValueError(f"{where}: must be an object with {', '.join(keys)}")
     for key in keys:
         if not isinstance(row.get(key), str) or not row[key]:
             raise ValueError(f"{where}: {key!r} must be text, got {row.get(key)!r}")
-    for key in ("wav", "video_path"):
+    for key in required[1:]:
         if found := PLACEHOLDER.search(row[key]):
             raise ValueError(
                 f"{where}: {key}={row[key]!r} still has the placeholder {found.group()}; "
@@ -218,7 +238,8 @@ def _entry(where: str, row: object, classes: dict[str, int] | None) -> Entry:
             )
         numbers = tuple(classes[mid] for mid in mids if mid in classes)
     times = _frame_times(where, row["frame_times"]) if "frame_times" in row else None
-    return Entry(row["video_id"], row["wav"], row["video_path"].rstrip("/"), numbers, times)
+    pictures = str(row.get("video_path") or "").rstrip("/")
+    return Entry(row["video_id"], row["wav"], pictures, numbers, times)
 
 
 def _frame_times(where: str, values: object) -> NDArray[np.float32]:

@@ -35,7 +35,7 @@ class MediaOptions:
     """How a file becomes a clip.
 
     audio_length: fbank rows of a clip. img_size: pixels. num_frames: frames to choose from.
-    channel, reject_silence: as in DataConfig.
+    channel, reject_silence: as in DataConfig. min_seconds: of sound; less is no clip.
     """
 
     audio_length: int
@@ -43,6 +43,7 @@ class MediaOptions:
     num_frames: int
     channel: Literal["first", "mean"]
     reject_silence: bool
+    min_seconds: float = MIN_SECONDS
 
     @classmethod
     def of(cls, data: DataConfig, model: ModelConfig) -> "MediaOptions":
@@ -160,9 +161,9 @@ def require_length(found: float, stated: float, what: str) -> None:
 def finish_waveform(samples: NDArray[np.float32], rate: int, options: MediaOptions) -> Tensor:
     """(channels, n) at `rate` Hz -> (N,) at 16 kHz; MediaError for what is no sound."""
     mono = samples[0] if options.channel == "first" else samples.mean(0)
-    if len(mono) < MIN_SECONDS * rate:
+    if len(mono) < options.min_seconds * rate:
         found = f"{len(mono) / rate:.2f} s"
-        raise MediaError(f"sound is {found} long, less than {MIN_SECONDS} s", "too_short")
+        raise MediaError(f"sound is {found} long, less than {options.min_seconds} s", "too_short")
     low, high = mono.min(), mono.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         raise MediaError("sound has values that are not numbers")

@@ -7,6 +7,7 @@ from kdcmae_fast.data.folder import VideoFolder
 from kdcmae_fast.data.manifest import ManifestClips
 from kdcmae_fast.data.media import MediaOptions
 from kdcmae_fast.data.shards import ShardClips
+from kdcmae_fast.data.sounds import SoundClips
 from kdcmae_fast.data.synthetic import HELDOUT_CLIPS, HELDOUT_START, SyntheticClips
 
 ROW_SECONDS = 0.01  # of one fbank row
@@ -53,4 +54,8 @@ def open_dataset(
         return ShardClips(data.path, data.label_csv, options, seed=seed, window=window)
     if data.source == "folder":
         return VideoFolder(data.path, options, seed=seed)
-    raise ValueError(f"source={data.source!r} must be synthetic, manifest, shards or folder")
+    if data.source == "sounds":
+        return SoundClips(data.path, data.label_csv, options, seed=seed)
+    raise ValueError(
+        f"source={data.source!r} must be synthetic, manifest, shards, folder or sounds"
+    )

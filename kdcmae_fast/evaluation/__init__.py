@@ -8,6 +8,7 @@ from kdcmae_fast.evaluation.features import (
     extract_features,
     extract_frame_features,
 )
+from kdcmae_fast.evaluation.folds import Fold
 from kdcmae_fast.evaluation.hiding import Hiding, hide_patches
 from kdcmae_fast.evaluation.inpainting import inpaint
 from kdcmae_fast.evaluation.localization import localize
@@ -17,6 +18,8 @@ from kdcmae_fast.evaluation.localization_settings import LocalizationSettings
 from kdcmae_fast.evaluation.offset import OffsetScore, best_offset, best_offsets
 from kdcmae_fast.evaluation.pictures import draw_clip
 from kdcmae_fast.evaluation.plots import plot_losses
+from kdcmae_fast.evaluation.probe_classifiers import ProbeResult, fit_probe
+from kdcmae_fast.evaluation.probing import probe, probe_features
 from kdcmae_fast.evaluation.ranking import RetrievalScores, retrieval_scores
 from kdcmae_fast.evaluation.reconstruction import reconstruct
 from kdcmae_fast.evaluation.retrieval import retrieve
@@ -32,9 +35,11 @@ __all__ = [
     "ClipFeatures",
     "ClipScore",
     "EvaluationSource",
+    "Fold",
     "Hiding",
     "LocalizationSettings",
     "OffsetScore",
+    "ProbeResult",
     "RetrievalScores",
     "RetrievalScores",
     "Stretch",
@@ -49,11 +54,14 @@ __all__ = [
     "extract_features",
     "extract_frame_features",
     "fbank_to_waveform",
+    "fit_probe",
     "hide_patches",
     "inpaint",
     "load_features",
     "localize",
     "plot_losses",
+    "probe",
+    "probe_features",
     "reconstruct",
     "reconstruct_batch",
     "retrieval_scores",

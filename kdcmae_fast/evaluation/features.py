@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from kdcmae_fast.batch import Batch
 from kdcmae_fast.config import DataConfig
 from kdcmae_fast.data import BadClip, BadClips, ClipDataset, FrontEnd, RawBatch
 from kdcmae_fast.evaluation.clips import collate_frames, encode_frames
@@ -59,6 +60,7 @@ def extract_features(
     batch_size: int = 32,
     progress: bool = False,
     processes: Processes = ALONE,
+    modalities: tuple[str, ...] = ("audio", "video"),
 ) -> ClipFeatures:
     """Encode one frame and the sound of each of the first clips, unmasked, with `model.encode`.
 
@@ -69,6 +71,7 @@ def extract_features(
     batch_size: clips encoded at once. progress: show a bar on stderr.
     processes: those that share the work (`launched_processes`). Only the first of them gets the
         features of all; the others get none (N = 0). They do not depend on their number.
+    modalities: what to encode; the features of the other one are (N, 0).
 
     Raises ValueError when the dataset has fewer clips, TooManyBadClips past data.max_bad_share.
     """
@@ -91,9 +94,7 @@ def extract_features(
     def encoded() -> Iterator[_Rows]:
         for raw in batches:
             batch = front_end(raw, device)
-            features = model.encode(fbank=batch.fbank, frames=batch.frames)
-            assert features.audio is not None and features.video is not None  # both given
-            yield _Rows(raw.sample_ids, raw.labels, features.audio, features.video)
+            yield _Rows(raw.sample_ids, raw.labels, *encode_pooled(model, batch, modalities))
 
     return _extract(model, dataset, encoded(), wanted, bad, processes)
 
@@ -143,6 +144,19 @@ def extract_frame_features(
             )
 
     return _extract(model, dataset, encoded(), wanted, bad, processes)
+
+
+def encode_pooled(
+    model: "CavMae", batch: Batch, modalities: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
+    """Pooled audio and video features of a batch, (B, D); (B, 0) of what is not in `modalities`."""
+    features = model.encode(
+        fbank=batch.fbank if "audio" in modalities else None,
+        frames=batch.frames if "video" in modalities else None,
+    )
+    nothing = batch.fbank.new_empty(batch.fbank.shape[0], 0)
+    audio, video = (nothing if f is None else f for f in (features.audio, features.video))
+    return audio, video
 
 
 def read_clips(

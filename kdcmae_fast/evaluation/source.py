@@ -60,9 +60,12 @@ class Opened(NamedTuple):
         return next(self.model.parameters()).device
 
 
-def open_source(source: EvaluationSource) -> Opened:
-    """Model and clips; ValueError naming the setting for what is not there or does not fit."""
-    model, data, seed, described = open_model(source)
+def open_source(source: EvaluationSource, *, needs: Sequence[str] = ("audio", "video")) -> Opened:
+    """Model and clips; ValueError naming the setting for what is not there or does not fit.
+
+    needs: the modalities that the evaluation takes of both.
+    """
+    model, data, seed, described = open_model(source, needs=needs)
     synthetic = data.source == "synthetic"
     split = source.split or ("heldout" if synthetic else "train")
     dataset = open_dataset(data, model.config, seed=seed, split=split)
@@ -74,13 +77,18 @@ def open_source(source: EvaluationSource) -> Opened:
     return Opened(model, dataset, data, seed, described)
 
 
-def open_model(source: EvaluationSource) -> tuple[CavMae, DataConfig, int, dict[str, Any]]:
+def open_model(
+    source: EvaluationSource, *, needs: Sequence[str] = ("audio", "video")
+) -> tuple[CavMae, DataConfig, int, dict[str, Any]]:
     """The model on its device, data settings and seed, and what metrics.json says of them."""
     folder = model_folder(source.checkpoint)
     data, seed, origin = data_settings(folder, source.recipe, source.overrides)
     model = from_pretrained(folder)
     if not isinstance(model, CavMae):
         raise ValueError(f"--checkpoint {folder} holds a {model.name}; give a pretrained model")
+    model.require(*needs)
+    if "video" in needs and data.source == "sounds":
+        raise ValueError("data.source=sounds has no pictures, and this needs them")
     described = {
         "checkpoint": str(folder),
         "version": kdcmae_fast.__version__,

@@ -87,6 +87,11 @@ def model_from_config(name: str, config: ModelConfig, num_classes: int | None = 
             kinds = " and ".join(CLASSIFIER_CLASSES)
             raise ValueError(f"num_classes={num_classes} does not apply to {name}, only {kinds}")
         return SYSTEM_CLASSES[name](config, name=name)
+    if config.modalities != "both":
+        raise ValueError(
+            f"modalities={config.modalities}: {name} is built on both; a model of one is used as "
+            "it is (`encode`, `kdcmae probe`)"
+        )
     if num_classes is None:
         raise ValueError(f"num_classes is missing: {name} needs the number of classes")
     return CLASSIFIER_CLASSES[name](config, num_classes=num_classes)

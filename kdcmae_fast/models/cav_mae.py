@@ -1,4 +1,7 @@
-"""CAV-MAE (arXiv 2210.07839) and, with two or more views, KDC-MAE (arXiv 2411.12270)."""
+"""CAV-MAE (arXiv 2210.07839) and, with two or more views, KDC-MAE (arXiv 2411.12270).
+
+With `modalities` audio or video a masked autoencoder of that one, distillation included.
+"""
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -12,7 +15,7 @@ from .encoder import Encoder
 from .init import init_weights
 from .masking import check_plans, draw_plans
 from .objectives import Contrast, Objective, contrast_features, summaries
-from .outputs import Features, Losses, Plans, Reconstruction
+from .outputs import Features, Latents, Losses, Plans, Reconstruction
 from .pretrained import PretrainedModel
 
 
@@ -55,7 +58,7 @@ class CavMae(PretrainedModel):
 
         Errors: ValueError for plans or ids that do not suit the batch, and for losses of no clips.
         """
-        if batch.fbank.shape[0] == 0 and not features_only:
+        if self._clips(batch) == 0 and not features_only:
             raise ValueError("batch has 0 clips: the losses are means over clips; give at least 1")
         plans = self._plans(batch, plans, step)
         batch = self._rows(batch)
@@ -64,8 +67,8 @@ class CavMae(PretrainedModel):
             return contrast_features(self.config, latents)
         latents = self.encoder(batch.fbank, batch.frames, plans, self.objective.streams)
         errors = None
-        if "mae_audio" in self.objective.terms:
-            errors = self.decoder(latents.joint, plans, batch=batch)
+        if self.config.mae_loss_weight:
+            errors = self.decoder(self._decoded(latents), plans, batch=batch)
         return self.objective(latents, errors, self.contrast_group, contrast)
 
     def encode(self, fbank: Tensor | None = None, frames: Tensor | None = None) -> Features:
@@ -75,6 +78,11 @@ class CavMae(PretrainedModel):
         """
         if fbank is None and frames is None:
             raise ValueError("fbank and frames are both None: give at least one of them")
+        for name, value in (("audio", fbank), ("video", frames)):
+            if value is not None:
+                self.require(name)
+                if value.shape[-1] == 0:
+                    raise ValueError(f"this needs {name}, and these clips have none")
         latents = self.encoder.encode(fbank, frames, self.encode_chain)
         found = summaries(latents)
         return Features(found.get("audio"), found.get("video"), latents.audio, latents.video)
@@ -86,21 +94,23 @@ class CavMae(PretrainedModel):
 
         plans: of as many rows as there are clips they may have any number of views, whatever the
         model trains with, and keep none or all of a modality's tokens.
+        A modality that the model does not have has no patches, (K*B, 0, P).
         """
-        clips = batch.fbank.shape[0]
-        audio = (plans or {}).get("audio")
-        if plans and isinstance(audio, MaskPlan) and len(audio.token_of_rank) == clips:
-            check_plans(self.config, plans, clips, audio.num_views)
+        clips = self._clips(batch)
+        first = (plans or {}).get(self.config.modality_names[0])
+        if plans and isinstance(first, MaskPlan) and len(first.token_of_rank) == clips:
+            check_plans(self.config, plans, clips, first.num_views)
         else:
             plans = self._plans(batch, plans, step)
             batch = self._rows(batch)
-        latents = self.encoder(batch.fbank, batch.frames, plans, ("joint",))
-        audio, video = self.decoder(latents.joint, plans, masked_only=False)
+        streams = ("joint",) if self.config.modalities == "both" else self.config.modality_names
+        latents = self.encoder(batch.fbank, batch.frames, plans, streams)
+        audio, video = self.decoder(self._decoded(latents), plans, masked_only=False)
         return Reconstruction(audio, video, plans)
 
     def _plans(self, batch: Batch, plans: Plans | None, step: int) -> Plans:
-        clips = batch.fbank.shape[0]
-        if batch.frames.shape[0] != clips:
+        clips = self._clips(batch)
+        if self.config.modalities == "both" and batch.frames.shape[0] != clips:
             raise ValueError(f"frames has {batch.frames.shape[0]} clips, fbank has {clips}")
         if plans is None:
             if tuple(batch.sample_ids.shape) != (clips,):
@@ -115,8 +125,29 @@ class CavMae(PretrainedModel):
         views = self.config.num_views
         if self.config.views == "complementary" or views == 1:
             return batch
-        return Batch(
-            batch.fbank.repeat(views, 1, 1),
-            batch.frames.repeat(views, 1, 1, 1),
-            batch.sample_ids.repeat(views),
-        )
+        fbank, frames, sample_ids = batch
+        if "audio" in self.config.modality_names:
+            fbank = fbank.repeat(views, 1, 1)
+        if "video" in self.config.modality_names:
+            frames = frames.repeat(views, 1, 1, 1)
+        return Batch(fbank, frames, sample_ids.repeat(views))
+
+    def require(self, *modalities: str) -> None:
+        """ValueError unless the model has all of these, "audio" and "video"."""
+        for name in modalities:
+            if name not in self.config.modality_names:
+                kind = self.config.modalities
+                raise ValueError(
+                    f"this needs {name}, and the model has none: it was pretrained on {kind} alone "
+                    f"(model.modalities={kind})"
+                )
+
+    def _clips(self, batch: Batch) -> int:
+        return (batch.frames if self.config.modalities == "video" else batch.fbank).shape[0]
+
+    def _decoded(self, latents: Latents) -> Tensor:
+        """The tokens that the decoder starts from."""
+        both = self.config.modalities == "both"
+        tokens = latents.joint if both else getattr(latents, self.config.modalities)
+        assert tokens is not None  # the objective asked for that pass
+        return tokens

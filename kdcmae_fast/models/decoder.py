@@ -1,8 +1,10 @@
 """The decoder: visible tokens back among mask tokens, blocks, one head per modality.
 
-N = K*B rows, L = L_audio + L_video tokens, D' decoder width.
+N = K*B rows, L = L_audio + L_video tokens, D' decoder width. A modality that the model does not
+have (`modalities`) has no tokens, no parameters and no patches.
 """
 
+import itertools
 import math
 
 import torch
@@ -58,6 +60,10 @@ class ReconstructionHead(nn.Linear):
 class Decoder(nn.Module):
     """Predicts patches from the joint latents (CAV-MAE, arXiv 2210.07839)."""
 
+    audio_modality: nn.Parameter
+    video_modality: nn.Parameter
+    audio_head: ReconstructionHead
+    video_head: ReconstructionHead
     audio_pos_embed: Tensor
     video_pos_embed: Tensor
 
@@ -68,12 +74,13 @@ class Decoder(nn.Module):
         self.masked_only = config.decoder_masked_only
         self.mask_token_table = config.mask_token_table
         self.recompute = config.activation_checkpointing
-        self.num_audio = math.prod(audio_grid(config))
+        grids = {"audio": audio_grid(config), "video": video_grid(config)}
+        self.grids = {name: grids[name] for name in config.modality_names}
         self.embed = nn.Linear(config.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.audio_modality = nn.Parameter(torch.empty(1, 1, dim))
-        self.video_modality = nn.Parameter(torch.empty(1, 1, dim))
-        for name, grid in (("audio", audio_grid(config)), ("video", video_grid(config))):
+        for name in self.grids:
+            self.register_parameter(f"{name}_modality", nn.Parameter(torch.empty(1, 1, dim)))
+        for name, grid in self.grids.items():
             table = sincos_positions(dim, grid).to(self.mask_token.dtype)[None]
             self.register_buffer(f"{name}_pos_embed", table)
         self.blocks = nn.ModuleList(
@@ -81,9 +88,13 @@ class Decoder(nn.Module):
             for _ in range(config.decoder_depth)
         )
         self.norm = nn.LayerNorm(dim)
-        self.audio_head = ReconstructionHead(dim, pixels, config, normalised=False)
-        self.video_head = ReconstructionHead(dim, 3 * pixels, config, normalised=True)
-        for parameter in (self.mask_token, self.audio_modality, self.video_modality):
+        self.patch_values = {"audio": pixels, "video": 3 * pixels}
+        for name in self.grids:
+            normalised = name == "video"
+            head = ReconstructionHead(dim, self.patch_values[name], config, normalised=normalised)
+            setattr(self, f"{name}_head", head)
+        modality_vectors = (getattr(self, f"{name}_modality") for name in self.grids)
+        for parameter in (self.mask_token, *modality_vectors):
             nn.init.normal_(parameter, std=0.02)
 
     def forward(
@@ -92,28 +103,29 @@ class Decoder(nn.Module):
         plans: Plans,
         masked_only: bool = True,
         batch: Batch | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Joint latents (N, keep_audio + keep_video, D) -> audio and video predictions.
+
+        A modality that the model does not have: (N, 0, P).
 
         masked_only: (N, L - keep, P) in `ids_masked` order, what the loss reads; else (N, L, P).
         batch: whose rows are the plans' rows; returns the reconstruction loss of each row and
-            modality instead, (N,) and (N,), and never holds the predictions.
+            modality that the model has instead, (N,) each, and never holds the predictions.
         """
-        audio_plan, video_plan = plans["audio"], plans["video"]
+        own_plans = tuple(plans[name] for name in self.grids)
         positions = self._positions()
         x = assemble_decoder_input(
             self.embed(latent),
-            (audio_plan, video_plan),
+            own_plans,
             self.mask_token.flatten(),
             positions,
             restore=self.restore,
         )
         filler = self._filler(positions, plans) if self.mask_token_table else None
-        wanted, split = None, self.num_audio
+        wanted, sizes = None, [math.prod(grid) for grid in self.grids.values()]
         if masked_only:
-            audio_ids = masked_tokens(audio_plan)
-            wanted = torch.cat([audio_ids, masked_tokens(video_plan) + split], dim=1)
-            split = audio_ids.shape[1]
+            ids = self._placed([masked_tokens(plan) for plan in own_plans])
+            wanted, sizes = torch.cat(ids, dim=1), [part.shape[1] for part in ids]
         for index, block in enumerate(self.blocks):
             last = self.masked_only and index == len(self.blocks) - 1
             first = filler if index == 0 else None
@@ -121,23 +133,32 @@ class Decoder(nn.Module):
             wanted = None if last else wanted
         if wanted is not None:
             x = take_tokens(x, wanted)
-        x = self.norm(x)
-        audio, video = x[:, :split], x[:, split:]
+        parts = dict(zip(self.grids, self.norm(x).split(sizes, dim=1), strict=True))
+        heads = {name: getattr(self, f"{name}_head") for name in self.grids}
         if batch is None:
-            return self.audio_head(audio), self.video_head(video)
-        return (
-            self.audio_head(audio, batch.fbank, audio_plan),
-            self.video_head(video, batch.frames, video_plan),
-        )
+            predicted = {name: heads[name](part) for name, part in parts.items()}
+            return tuple(
+                predicted.get(name, x.new_empty(x.shape[0], 0, values))
+                for name, values in self.patch_values.items()
+            )
+        pixels = {"audio": batch.fbank, "video": batch.frames}
+        return tuple(heads[name](part, pixels[name], plans[name]) for name, part in parts.items())
+
+    def _placed(self, ids: list[Tensor]) -> list[Tensor]:
+        """Token numbers within each modality -> among the tokens of all of them."""
+        starts = [0, *itertools.accumulate(math.prod(grid) for grid in self.grids.values())]
+        return [part + start if start else part for part, start in zip(ids, starts, strict=False)]
 
     def _filler(self, positions: Tensor, plans: Plans) -> Filler:
         """The mask token at every place, and where the visible tokens are."""
         released = self.restore == "released"
-        audio, video = (kept_tokens(plans[name], released) for name in ("audio", "video"))
-        places = torch.cat([audio, video + self.num_audio], dim=1)
-        return Filler(self.mask_token.flatten() + positions, places)
+        places = self._placed([kept_tokens(plans[name], released) for name in self.grids])
+        return Filler(self.mask_token.flatten() + positions, torch.cat(places, dim=1))
 
     def _positions(self) -> Tensor:
         """(L, D') table: position and modality vector of every decoder token."""
-        audio = self.audio_pos_embed + self.audio_modality
-        return torch.cat([audio, self.video_pos_embed + self.video_modality], dim=1)[0]
+        tables = [
+            getattr(self, f"{name}_pos_embed") + getattr(self, f"{name}_modality")
+            for name in self.grids
+        ]
+        return torch.cat(tables, dim=1)[0]

@@ -4,6 +4,7 @@ N rows (views and clips), L tokens, D width. The shared blocks take up to three 
 same attention and MLP (CAV-MAE, arXiv 2210.07839): `joint` over audio and video tokens together,
 `audio` and `video` over one modality, each pass with its own norms. CLS tokens and registers
 (CAV-MAE Sync, arXiv 2505.01237) take part in their modality's blocks, never in the joint pass.
+A model of one modality has its stream and that pass alone.
 """
 
 import torch
@@ -18,6 +19,11 @@ from .outputs import Latents, Plans
 from .patch_embed import PatchEmbed
 
 STREAMS = ("joint", "audio", "video")
+
+
+def shared_passes(config: ModelConfig) -> tuple[str, ...]:
+    """The passes that the model's shared blocks have norms for."""
+    return STREAMS if config.modalities == "both" else config.modality_names
 
 
 class ExtraTokens(nn.Module):
@@ -69,6 +75,19 @@ class ModalityStream(nn.Module):
         return x
 
 
+class NoStream(nn.Module):
+    """In place of the stream that a model of the other modality alone does not have."""
+
+    def __init__(self, modality: str) -> None:
+        super().__init__()
+        self.modality = modality
+
+    def forward(self, pixels: Tensor, plan: MaskPlan | None = None) -> Tensor:
+        """Raises ValueError."""
+        other = "audio" if self.modality == "video" else "video"
+        raise ValueError(f"this model has no {self.modality} (model.modalities={other})")
+
+
 class SharedStack(nn.Module):
     """The shared blocks, perhaps blocks for InfoNCE alone, and the final norm of each pass."""
 
@@ -81,7 +100,7 @@ class SharedStack(nn.Module):
                 config.embed_dim,
                 config.num_heads,
                 config.mlp_ratio,
-                STREAMS,
+                shared_passes(config),
                 config.attention_impl,
             )
             for _ in range(config.shared_depth)
@@ -90,11 +109,13 @@ class SharedStack(nn.Module):
         self.heads = nn.ModuleDict(
             {
                 stream: nn.Sequential(*(_block(config) for _ in range(depth)))
-                for stream in STREAMS[1:]
+                for stream in config.modality_names
                 if depth
             }
         )
-        self.norm = nn.ModuleDict({stream: nn.LayerNorm(config.embed_dim) for stream in STREAMS})
+        self.norm = nn.ModuleDict(
+            {stream: nn.LayerNorm(config.embed_dim) for stream in shared_passes(config)}
+        )
 
     def forward(self, passes: dict[str, Tensor], chain: str = "composed") -> dict[str, Tensor]:
         """Named passes {stream: (N, L, D)} -> the same names, normalised.
@@ -144,38 +165,48 @@ class Encoder(nn.Module):
         self.num_cls = int(config.cls_token)
         self.num_registers = config.num_registers
         self.keep_registers = config.keep_registers
-        self.audio = ModalityStream(
-            PatchEmbed(
-                in_channels=1,
-                grid=audio_grid(config),
-                patch_size=config.patch_size,
-                embed_dim=config.embed_dim,
-                trainable_positions=trainable_positions,
-            ),
-            config,
-        )
-        self.video = ModalityStream(
-            PatchEmbed(
-                in_channels=3,
-                grid=video_grid(config),
-                patch_size=config.patch_size,
-                embed_dim=config.embed_dim,
-                trainable_positions=trainable_positions,
-                pixel_mean=config.pixel_mean,
-                pixel_std=config.pixel_std,
-            ),
-            config,
-        )
+        self.modalities = config.modality_names
+        self.audio: ModalityStream | NoStream = NoStream("audio")
+        self.video: ModalityStream | NoStream = NoStream("video")
+        if "audio" in self.modalities:
+            self.audio = ModalityStream(
+                PatchEmbed(
+                    in_channels=1,
+                    grid=audio_grid(config),
+                    patch_size=config.patch_size,
+                    embed_dim=config.embed_dim,
+                    trainable_positions=trainable_positions,
+                ),
+                config,
+            )
+        if "video" in self.modalities:
+            self.video = ModalityStream(
+                PatchEmbed(
+                    in_channels=3,
+                    grid=video_grid(config),
+                    patch_size=config.patch_size,
+                    embed_dim=config.embed_dim,
+                    trainable_positions=trainable_positions,
+                    pixel_mean=config.pixel_mean,
+                    pixel_std=config.pixel_std,
+                ),
+                config,
+            )
         self.shared = SharedStack(config)
 
     def forward(
         self, fbank: Tensor, frames: Tensor, plans: Plans, streams: tuple[str, ...] = STREAMS
     ) -> Latents:
-        """Masked encoding of B clips under K views; only the passes named in `streams`."""
-        audio = self.audio(fbank, plans["audio"])
-        video = self.video(frames, plans["video"])
-        passes = self._passes({"audio": audio, "video": video}, streams)
-        return self._latents(self.shared(passes, self.chain))
+        """Masked encoding of B clips under K views; only the passes named in `streams`.
+
+        The tensor of a modality that the model does not have is not read.
+        """
+        tokens = {}
+        if "audio" in self.modalities:
+            tokens["audio"] = self.audio(fbank, plans["audio"])
+        if "video" in self.modalities:
+            tokens["video"] = self.video(frames, plans["video"])
+        return self._latents(self.shared(self._passes(tokens, streams), self.chain))
 
     def encode(
         self, fbank: Tensor | None, frames: Tensor | None, chain: str = "composed"

@@ -24,15 +24,18 @@ def video_grid(config: ModelConfig) -> tuple[int, int]:
 
 
 def draw_plans(config: ModelConfig, sample_ids: Tensor, step: int) -> Plans:
-    """Plans of both modalities for clips `sample_ids` (B,) at this step.
+    """Plans of the model's modalities for clips `sample_ids` (B,) at this step.
 
     views="complementary": each plan has B rows and K disjoint views (KDC-MAE, arXiv 2411.12270).
     views="independent": K*B rows (view-major) of one view each, drawn independently; view 0 is the
     same as under "complementary".
     """
+    settings = {
+        "audio": (audio_grid(config), 0, config.audio_mask_mode),
+        "video": (video_grid(config), 1, "unstructured"),
+    }
     return {
-        "audio": _draw(config, sample_ids, step, audio_grid(config), 0, config.audio_mask_mode),
-        "video": _draw(config, sample_ids, step, video_grid(config), 1, "unstructured"),
+        name: _draw(config, sample_ids, step, *settings[name]) for name in config.modality_names
     }
 
 
@@ -82,10 +85,12 @@ def check_plans(config: ModelConfig, plans: Plans, batch: int, views: int | None
 
     views: how many views each plan has of its clips (None: as the model trains).
     """
-    if sorted(plans) != sorted(MODALITIES):
-        raise ValueError(f"plans must have the keys audio and video, got {sorted(plans)}")
-    for name, grid in (("audio", audio_grid(config)), ("video", video_grid(config))):
-        plan, tokens = plans[name], grid[0] * grid[1]
+    if sorted(plans) != sorted(config.modality_names):
+        names = " and ".join(config.modality_names)
+        raise ValueError(f"plans must have the keys {names}, got {sorted(plans)}")
+    grids = {"audio": audio_grid(config), "video": video_grid(config)}
+    for name in config.modality_names:
+        plan, tokens = plans[name], grids[name][0] * grids[name][1]
         if not isinstance(plan, MaskPlan):
             raise ValueError(f"plans[{name!r}] must be a MaskPlan, got {type(plan).__name__}")
         wanted = (config.num_views, batch, tokens)

@@ -142,10 +142,10 @@ class Objective(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        both = config.modalities == "both"
         weights = {
-            "mae_audio": config.mae_loss_weight,
-            "mae_video": config.mae_loss_weight,
-            "contrastive": config.contrast_loss_weight,
+            **{f"mae_{name}": config.mae_loss_weight for name in config.modality_names},
+            "contrastive": config.contrast_loss_weight if both else 0.0,
             "kd": config.kd_loss_weight if config.distill.on != "off" else 0.0,
         }
         weights = {name: weight for name, weight in weights.items() if weight}
@@ -160,7 +160,9 @@ class Objective(nn.Module):
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """The passes of the shared blocks that the terms read."""
+        """The passes of the shared blocks that the terms read; of one modality its own."""
+        if self.config.modalities != "both":
+            return self.config.modality_names
         modality = self.config.distill.on == "joint+modality" and "kd" in self.terms
         joint = "mae_audio" in self.terms or "kd" in self.terms
         split = "contrastive" in self.terms or modality
@@ -169,19 +171,19 @@ class Objective(nn.Module):
     def forward(
         self,
         latents: Latents,
-        errors: tuple[Tensor, Tensor] | None,
+        errors: tuple[Tensor, ...] | None,
         group: ProcessGroup | None = None,
         contrast: Contrast | None = None,
     ) -> Losses:
-        """Latents and the decoder's errors of each row (None without a mae term) -> losses.
+        """Latents and, with a mae term, the decoder's errors of each modality and row -> losses.
 
         contrast: takes the place of InfoNCE over these clips.
         """
         config = self.config
         views: dict[str, Tensor] = {}
         if errors is not None:
-            for name, rows in zip(("mae_audio", "mae_video"), errors, strict=True):
-                views[name] = rows.view(config.num_views, -1).mean(dim=1)
+            for name, rows in zip(config.modality_names, errors, strict=True):
+                views[f"mae_{name}"] = rows.view(config.num_views, -1).mean(dim=1)
         if "contrastive" in self.terms:
             audio, video = contrast_features(config, latents)
             views["contrastive"] = (
@@ -192,7 +194,7 @@ class Objective(nn.Module):
         terms = {name: values.sum() for name, values in views.items()}
         if "kd" in self.terms:
             pooled = summaries(latents)
-            joint_only = config.distill.on == "joint"
+            joint_only = config.distill.on == "joint" and config.modalities == "both"
             streams = [pooled["joint"]] if joint_only else list(pooled.values())
             terms["kd"] = distillation(config.distill, config.num_views, streams)
         per_view = tuple(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kdcmae_fast.kernels import MaskPlan
 
-Plans = dict[str, MaskPlan]  # "audio" and "video"
+Plans = dict[str, MaskPlan]  # "audio", "video": those that the model has
 
 
 class Terms(dict[str, Tensor]):

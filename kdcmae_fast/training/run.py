@@ -56,6 +56,7 @@ def prepare(
     config = task.config
     deepspeed_config.check_zero_settings(deepspeed)
     _check_attention(config.model.attention_impl, world, bf16=deepspeed_config.uses_bf16(deepspeed))
+    check_modalities(config)
     start = run_folder.find_checkpoint(output, resume=resume)
     if start is not None:
         run_folder.check_same_run(output, config)
@@ -97,6 +98,15 @@ def prepare(
         task, config, settings, output, world, dataset, length, engine, untrained, bad_clips,
         first_step,
     )  # fmt: skip
+
+
+def check_modalities(config: AnyRunConfig) -> None:
+    """ValueError if the model needs what the clips do not have."""
+    if config.data.source == "sounds" and config.model.modalities != "audio":
+        raise ValueError(
+            f"data.source=sounds has no pictures, and model.modalities={config.model.modalities} "
+            "needs them: set model.modalities=audio, or give clips with pictures"
+        )
 
 
 def _check_attention(impl: str, world: World, *, bf16: bool) -> None:

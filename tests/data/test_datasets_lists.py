@@ -114,7 +114,7 @@ def test_sound_without_pictures_says_so(tmp_path):
     rows = json.loads((tmp_path / "out/train.json").read_text())["data"]
     assert rows[0]["labels"] == "/m/05tny_,/m/0k4j" and rows[0]["video_path"] == ""
     assert json.loads((tmp_path / "out/eval.json").read_text()) == {"data": []}
-    assert any("sound without video" in note for note in metrics["notes"])
+    assert any("data.source=sounds" in note for note in metrics["notes"])
 
 
 @pytest.mark.parametrize("name", KNOWN)

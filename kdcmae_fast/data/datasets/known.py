@@ -12,7 +12,7 @@ from pathlib import Path
 from kdcmae_fast.data.datasets.actions import read_hmdb51, read_ucf101
 from kdcmae_fast.data.datasets.boxes import read_flickr_soundnet, read_vggss
 from kdcmae_fast.data.datasets.entries import Listing
-from kdcmae_fast.data.datasets.sounds import read_esc50, read_fsd50k
+from kdcmae_fast.data.datasets.sounds import read_esc50, read_fsd50k, read_fsdd
 from kdcmae_fast.data.datasets.youtube import (
     KINETICS_SOUND,
     read_audioset,
@@ -200,6 +200,17 @@ KNOWN: dict[str, KnownDataset] = {
         normalisation=XKD_STATISTICS,
         used_by="XKD: fine-tuning and linear evaluation",
         read=read_fsd50k,
+    ),
+    "fsdd": KnownDataset(
+        title="Free Spoken Digit Dataset (sound only)",
+        num_classes=10,
+        layout=("recordings/<digit>_<speaker>_<take>.wav (or directly under --root)",),
+        label_csv="zero to nine",
+        splits="train, test (takes 0 to 4 of every digit and speaker)",
+        metric="top-1",
+        normalisation=f"{MEASURE} (configs/fsdd.yaml has those of its own filterbank)",
+        used_by="configs/fsdd.yaml: pretraining on sound alone, linear probe and SVM",
+        read=read_fsdd,
     ),
     "flickr_soundnet": KnownDataset(
         title="Flickr-SoundNet (boxes)",

@@ -1,5 +1,6 @@
-"""ESC-50 and FSD50K: sound without pictures."""
+"""ESC-50, FSD50K and FSDD: sound without pictures."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from kdcmae_fast.data.datasets.entries import (
 )
 
 ESC50_FOLDS = range(1, 6)
+FSDD_NAME = re.compile(r"(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<take>\d+)")
+FSDD_TEST_TAKES = 5  # of each digit and speaker, the first
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 def read_esc50(root: Path) -> Listing:
@@ -85,3 +89,19 @@ def _fsd50k_entry(root: Path, name: str, split: str, mids: tuple[str, ...]) -> E
     part = "eval" if split == "eval" else "dev"
     path = root / f"FSD50K.{part}_audio" / f"{name}.wav"
     return Entry(name, str(path), split, mids, found=path.is_file())
+
+
+def read_fsdd(root: Path) -> Listing:
+    """recordings/<digit>_<speaker>_<take>.wav: takes 0 to 4 are the test set, the others train."""
+    folder = root / "recordings" if (root / "recordings").is_dir() else root
+    files = sorted(folder.glob("*.wav"))
+    if not files:
+        raise FileNotFoundError(2, "", str(folder / "0_<speaker>_0.wav"))
+    entries = []
+    for file in files:
+        name = FSDD_NAME.fullmatch(file.stem)
+        if name is None:
+            raise ValueError(f"{file}: expected a name like 7_george_12.wav (digit_speaker_take)")
+        split = "test" if int(name["take"]) < FSDD_TEST_TAKES else "train"
+        entries.append(Entry(file.stem, str(file), split, (DIGITS[int(name["digit"])],)))
+    return Listing(label_classes((name, name) for name in DIGITS), entries, kind="sound")

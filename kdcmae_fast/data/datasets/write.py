@@ -227,7 +227,9 @@ def _notes(listing: Listing, expected: int) -> list[str]:
     if expected and len(listing.classes) != expected:
         notes.append(f"{len(listing.classes)} classes found, the published dataset has {expected}")
     if listing.kind == "sound":
-        notes.append("sound without video: for evaluation, `kdcmae pretrain` cannot read the lists")
+        notes.append(
+            "sound without pictures: train and probe with data.source=sounds (configs/fsdd.yaml)"
+        )
     return notes
 
 
