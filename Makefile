@@ -33,13 +33,16 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(CPP)
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
 	@touch $@
 
-demo: install  ## pretrain KDC-MAE on synthetic clips, then retrieval, loss plot, reconstructions
+demo: install  ## pretrain KDC-MAE on synthetic clips, evaluate it, put it all on one page
 	rm -rf $(DEMO)
 	$(RUN) deepspeed --log_level error kdcmae_fast/pretrain.py --ds_config configs/zero2.json \
 		--output $(DEMO)
 	$(RUN) kdcmae retrieve --checkpoint $(DEMO)/model --num-clips 100 --output $(DEMO)/retrieval
-	$(RUN) kdcmae reconstruct --checkpoint $(DEMO)/model --output $(DEMO)/reconstructions
-	@echo "Look at: $(DEMO)/loss.png  $(DEMO)/reconstructions/  $(DEMO)/retrieval/metrics.json"
+	$(RUN) kdcmae inpaint --checkpoint $(DEMO)/model --num-clips 100 --output $(DEMO)/inpainting
+	$(RUN) kdcmae localize --checkpoint $(DEMO)/model --num-clips 50 --video 1 \
+		--output $(DEMO)/localization
+	$(RUN) kdcmae report $(DEMO) --output $(DEMO)/report.html
+	@echo "Look at: $(DEMO)/report.html (in a browser)  $(DEMO)/loss.png  $(DEMO)/inpainting/"
 
 test: install  ## the test suite (CPU, 10 to 15 minutes on two cores)
 	$(RUN) $(BIN)/python -m pytest tests

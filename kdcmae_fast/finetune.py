@@ -22,9 +22,9 @@ if __name__ == "__main__":
     # Before torch starts OpenMP: threads that spin while they wait take the loader's cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from kdcmae_fast.training.command import run_finetuning  # noqa: E402
-from kdcmae_fast.training.distributed import leave  # noqa: E402
-from kdcmae_fast.training.script import run_script  # noqa: E402
+from kdcmae_fast.training.command import run_finetuning
+from kdcmae_fast.training.distributed import leave
+from kdcmae_fast.training.script import run_script
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
