@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -30,6 +31,16 @@ def test_asking_for_cpp_without_the_extension_says_how_to_get_it(monkeypatch):
     dispatch.extension_problem.cache_clear()
     try:
         with pytest.raises(ValueError, match=r"_C is not built .* `pip install .*` builds it"):
+            complementary_masks(torch.arange(2), (7, 7), 0.75, impl="cpp")
+    finally:
+        dispatch.extension_problem.cache_clear()
+
+
+def test_an_extension_of_other_sources_is_not_used(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kdcmae_fast._C", ModuleType("kdcmae_fast._C"))
+    dispatch.extension_problem.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=r"built from other sources .* builds it anew"):
             complementary_masks(torch.arange(2), (7, 7), 0.75, impl="cpp")
     finally:
         dispatch.extension_problem.cache_clear()

@@ -130,16 +130,19 @@ def _automatic(op: str, device: str, wanted: str | None) -> Backend:
     raise AssertionError("unreachable: torch is always available")
 
 
+INTERFACE = 2  # of the compiled ops; raised with kInterface in csrc when one comes or changes
+
+
 @functools.cache
 def extension_problem() -> str | None:
     """Why the C++ ops cannot be used; None when they can."""
+    how = "with a C++ compiler and torch installed, `pip install --no-build-isolation -e .`"
     try:
-        importlib.import_module("kdcmae_fast._C")
+        module = importlib.import_module("kdcmae_fast._C")
     except ImportError as error:
-        return (
-            f"kdcmae_fast._C is not built ({error}); with a C++ compiler and torch installed, "
-            "`pip install --no-build-isolation -e .` builds it"
-        )
+        return f"kdcmae_fast._C is not built ({error}); {how} builds it"
+    if getattr(module, "interface", None) != INTERFACE:
+        return f"kdcmae_fast._C was built from other sources than these; {how} builds it anew"
     return None
 
 
