@@ -119,7 +119,8 @@ def _decode(
     for block in decoder.blocks:
         x = _block(x, block, block.norm1, block.norm2, attention)
     x = _norm(x, decoder.norm)
-    audio, video = x[:, : decoder.num_audio], x[:, decoder.num_audio :]
+    num_audio = decoder.audio_pos_embed.shape[1]
+    audio, video = x[:, :num_audio], x[:, num_audio:]
     heads = decoder.audio_head, decoder.video_head
     return (
         F.linear(audio, heads[0].weight, heads[0].bias),
