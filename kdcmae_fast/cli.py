@@ -32,8 +32,9 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, 0 only on success.
 
-    arguments: those of this process if None; after `pretrain` and `finetune` it then ends at once,
-    as the scripts do (`training.distributed.leave`), instead of returning.
+    arguments: those of this process if None; where processes talk to each other (`pretrain`,
+    `finetune`, and what a launcher started several of) it then ends at once, as the scripts do
+    (`training.distributed.leave`), instead of returning.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
@@ -48,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (Exception, KeyboardInterrupt) as error:
         return report_error(error, debug=debug)
-    if arguments is None and _command(sys.argv[1:]) in SCRIPTS:
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    if arguments is None and (several or _command(sys.argv[1:]) in SCRIPTS):
         from kdcmae_fast.training.distributed import leave
 
         leave(code)

@@ -7,6 +7,7 @@ from typing import Any
 from kdcmae_fast.data import ClipError
 from kdcmae_fast.data.synthetic import SyntheticClips
 from kdcmae_fast.evaluation import EvaluationSource, retrieve
+from kdcmae_fast.training.distributed import leave
 
 METHODS = ("read", "read_frames")
 
@@ -46,3 +47,4 @@ if __name__ == "__main__":
     metrics = both_ways(sys.argv[1], sys.argv[3])
     with open(sys.argv[2], "w", encoding="utf-8") as file:  # every process has the same
         json.dump(metrics, file)
+    leave(0)
