@@ -1,4 +1,4 @@
-"""The transformer's MLP beside the three modules it stands for: a third less kept, for some time."""
+"""The MLP of a transformer beside its three modules: a third less kept, for some time."""
 
 import pytest
 import torch
