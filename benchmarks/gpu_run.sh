@@ -38,7 +38,7 @@ verify() {
     has hypothesis || { echo "skipped: tests that need hypothesis, which is not installed"
         while read -r file; do ignored+=(--ignore "$file"); done \
             < <(grep -rlE '^(from|import) hypothesis' tests); }
-    run verify "${VERIFY_LIMIT:-600}" python3 -m pytest "${tests[@]}" "${ignored[@]}" -q "$@"
+    run verify "${VERIFY_LIMIT:-570}" python3 -m pytest "${tests[@]}" "${ignored[@]}" -q "$@"
 }
 
 time_all() {
