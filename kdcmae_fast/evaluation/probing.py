@@ -16,7 +16,8 @@ from kdcmae_fast.evaluation.probe_classifiers import (
     fit_probe,
     fits_of,
 )
-from kdcmae_fast.evaluation.probe_clips import class_names, probe_clips
+from kdcmae_fast.evaluation.probe_clips import ProbeClips, class_names, probe_clips
+from kdcmae_fast.evaluation.processes import launched_processes
 from kdcmae_fast.evaluation.source import EvaluationSource, Opened, listed_bad, write_metrics
 from kdcmae_fast.messages import require_folder
 
@@ -44,12 +45,16 @@ def probe(
     modality: features to take, "both" of them side by side (None: those that model and clips have).
     classifier: "linear", "svm" or "knn", see `fit_probe`, whose hyper-parameter is selected on
         clips held out from the training part. seed: of that choice and of drawn folds.
-    output: folder for metrics.json (None: writes nothing). Returns what metrics.json holds.
+    output: folder for metrics.json (None: writes nothing).
+
+    Returns what metrics.json holds, on all processes of a launcher: they share the extraction of
+    the features, and the first one trains and writes.
 
     Errors: ValueError for clips without labels, with several, folds that do not fit.
     """
     if output is not None:
         require_folder(output)
+    processes = launched_processes()
     found = probe_clips(source, folds=folds, test_path=test_path, test_clips=test_clips)
     opened = found.opened
     modalities = _modalities(opened, modality)
@@ -59,31 +64,22 @@ def probe(
         opened.data,
         batch_size=source.batch_size,
         progress=source.progress,
+        processes=processes,
         modalities=modalities,
     )
-    labels, classes = _labels(features)
-    names = class_names(opened, classes)
-    parts = found.usable(features.sample_ids.numpy(), labels, seed)
-    scores = probe_features(
-        np.concatenate([getattr(features, name).numpy() for name in modalities], axis=1),
-        labels,
-        parts,
-        classifier=classifier,
-        names=names,
-        seed=seed,
-        progress=source.progress,
-    )
-    metrics = {
-        "command": "probe",
-        **opened.described,
-        "clips_of": found.train_of,
-        "tested_on": found.test_of,
-        "modality": "both" if len(modalities) == 2 else modalities[0],
-        **scores,
-        **listed_bad(features.bad),
-    }
-    write_metrics(metrics, output)
-    return metrics
+    metrics: dict[str, Any] = {}
+    if processes.is_main:
+        metrics = {
+            "command": "probe",
+            **opened.described,
+            "clips_of": found.train_of,
+            "tested_on": found.test_of,
+            "modality": "both" if len(modalities) == 2 else modalities[0],
+            **_probed(found, features, modalities, classifier, seed, source.progress),
+            **listed_bad(features.bad),
+        }
+        write_metrics(metrics, output)
+    return processes.share(metrics)
 
 
 def probe_features(
@@ -167,6 +163,27 @@ def probe_table(metrics: Mapping[str, Any]) -> str:
         f"{metrics['majority']:.1%}"
     )
     return "\n".join(lines)
+
+
+def _probed(
+    found: ProbeClips,
+    features: ClipFeatures,
+    modalities: tuple[str, ...],
+    classifier: Classifier,
+    seed: int,
+    progress: bool,
+) -> dict[str, Any]:
+    """The figures of `probe_features` on the clips that could be read."""
+    labels, classes = _labels(features)
+    return probe_features(
+        np.concatenate([getattr(features, name).numpy() for name in modalities], axis=1),
+        labels,
+        found.usable(features.sample_ids.numpy(), labels, seed),
+        classifier=classifier,
+        names=class_names(found.opened, classes),
+        seed=seed,
+        progress=progress,
+    )
 
 
 def _row(

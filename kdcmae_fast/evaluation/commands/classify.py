@@ -4,7 +4,12 @@ import argparse
 import os
 import sys
 
-from kdcmae_fast.evaluation.commands.options import add_source, positive, say_bad
+from kdcmae_fast.evaluation.commands.options import (
+    add_source,
+    is_first_process,
+    positive,
+    say_bad,
+)
 
 MODES = ("multimodal", "audio", "video", "missing_video", "missing_audio")
 
@@ -53,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
         progress=sys.stderr.isatty(),
     )
     metrics = classify(source, options.output)
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         return
     print(classification_table(metrics))
     say_bad(metrics)

@@ -1,9 +1,14 @@
 """The command line of `kdcmae features`."""
 
 import argparse
-import os
 
-from kdcmae_fast.evaluation.commands.options import add_frames, add_source, say_bad, source_of
+from kdcmae_fast.evaluation.commands.options import (
+    add_frames,
+    add_source,
+    is_first_process,
+    say_bad,
+    source_of,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +38,8 @@ def run(options: argparse.Namespace) -> None:
         frames=options.frames,
         num_frames=options.num_frames,
     )
-    if int(os.environ.get("RANK", 0)) > 0:
-        return  # the first process speaks for all
+    if not is_first_process():
+        return
     say_bad(metrics)
     shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in metrics["shapes"].items())
     print(f"wrote features of {metrics['num_clips']} clips to {options.output}: {shapes}")

@@ -2,7 +2,13 @@
 
 import argparse
 
-from kdcmae_fast.evaluation.commands.options import add_source, positive, say_bad, source_of
+from kdcmae_fast.evaluation.commands.options import (
+    add_source,
+    is_first_process,
+    positive,
+    say_bad,
+    source_of,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +91,8 @@ def run(options: argparse.Namespace) -> None:
         save_maps=options.save_maps,
     )
     metrics = localize(source_of(options), settings, output=options.output)
+    if not is_first_process():
+        return
     print(localization_table(metrics))
     say_bad(metrics)
     if options.output:

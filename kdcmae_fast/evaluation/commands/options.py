@@ -1,6 +1,7 @@
 """Options that the evaluations share: which model, which clips. Imports nothing that is slow."""
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,11 @@ def source_of(options: argparse.Namespace) -> "EvaluationSource":
         device=options.device,
         progress=sys.stderr.isatty(),
     )
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all that a launcher started; without one it does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say_bad(metrics: dict[str, Any]) -> None:

@@ -3,7 +3,13 @@
 import argparse
 import os
 
-from kdcmae_fast.evaluation.commands.options import add_source, positive, say_bad, source_of
+from kdcmae_fast.evaluation.commands.options import (
+    add_source,
+    is_first_process,
+    positive,
+    say_bad,
+    source_of,
+)
 
 EPILOG = """\
 synthetic clips:  kdcmae probe --checkpoint runs/demo --num-clips 1000 --test-clips 500
@@ -69,6 +75,8 @@ def run(options: argparse.Namespace) -> None:
         seed=options.seed,
         output=options.output,
     )
+    if not is_first_process():
+        return
     print(probe_table(metrics))
     say_bad(metrics)
     if options.output:

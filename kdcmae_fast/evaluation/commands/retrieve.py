@@ -6,6 +6,7 @@ import os
 from kdcmae_fast.evaluation.commands.options import (
     add_frames,
     add_source,
+    is_first_process,
     not_negative,
     say_bad,
     source_of,
@@ -62,8 +63,8 @@ def run(options: argparse.Namespace) -> None:
         examples=options.examples,
         output=options.output,
     )
-    if int(os.environ.get("RANK", 0)) > 0:
-        return  # the first process speaks for all
+    if not is_first_process():
+        return
     if "features" in metrics:
         print(metrics["features"])
     print(retrieval_table(metrics))
