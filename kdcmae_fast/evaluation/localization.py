@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcmae_fast.data import BadClips, ClipDataset, SyntheticClips
+from kdcmae_fast.data import ClipDataset, SyntheticClips
 from kdcmae_fast.data.clip import ClipFrames
 from kdcmae_fast.data.media import MediaOptions
 from kdcmae_fast.evaluation.localization_clips import (
@@ -33,7 +33,7 @@ from kdcmae_fast.evaluation.localization_maps import (
     token_norm_maps,
     upsample,
 )
-from kdcmae_fast.evaluation.localization_output import LocalizationWriter, read_prior
+from kdcmae_fast.evaluation.localization_output import LocalizationWriter, ScoredClip, read_prior
 from kdcmae_fast.evaluation.localization_scores import (
     SIZE,
     MapScores,
@@ -51,6 +51,7 @@ from kdcmae_fast.evaluation.localization_truth import (
     SyntheticTruth,
     read_annotations,
 )
+from kdcmae_fast.evaluation.processes import SharedBadClips, launched_processes
 from kdcmae_fast.evaluation.source import (
     EvaluationSource,
     Opened,
@@ -75,12 +76,16 @@ def localize(
     """Score where a model finds each clip's sound, beside controls that know nothing of it.
 
     output: folder for metrics.json, pictures and videos (None: writes nothing). source.num_clips
-    None: 200 of the synthetic clips, all annotated ones. Returns what metrics.json holds.
+    None: 200 of the synthetic clips, all annotated ones.
+
+    Returns what metrics.json holds, on all processes of a launcher: they share the clips, and the
+    first one writes.
     """
     settings = settings or LocalizationSettings()
     if output is not None:
         require_folder(output)
         require_matplotlib("localisation pictures")
+    processes = launched_processes()
     opened = open_source(source)
     dataset, truth = _clips_and_truth(opened, settings)
     chosen = _chosen(truth, source.num_clips, isinstance(truth, SyntheticTruth))
@@ -88,28 +93,35 @@ def localize(
         opened.model, dataset, opened.data, range(len(dataset)), settings.references
     )
     priors = [p if p in PRIORS else read_prior(p) for p in settings.priors]
-    bad = BadClips(len(dataset), opened.data.max_bad_share)
+    bad = SharedBadClips(len(dataset), len(chosen), opened.data.max_bad_share, processes)
     batches = located_batches(
         opened.model, dataset, opened.data, chosen, batch_size=source.batch_size, bad=bad
     )
     tally = Tally(truth, settings.truth or truth.rule)
-    writer = LocalizationWriter(opened, dataset, truth, settings, references, output)
-    for batch in _with_bar(batches, len(chosen)) if source.progress else batches:
+    writer = LocalizationWriter(opened, dataset, truth, settings, references, output, processes)
+    if source.progress and processes.is_main:
+        batches = _with_bar(batches, len(chosen) // processes.size)
+    for batch in batches:
         maps = batch_maps(opened.model, batch, references, settings, priors)
         scored = tally.add(batch, maps)
         writer.add(batch, maps, scored)
-    if not tally.clips:
-        raise ValueError(f"none of the {len(chosen)} clips could be used; first: {bad.rows()[0]}")
-    metrics = {
-        "command": "localize",
-        **opened.described,
-        **_described(settings, truth, references),
-        **tally.metrics(settings.main),
-        **writer.finish(tally.clips),
-        **listed_bad(bad.rows()),
-    }
-    write_metrics(metrics, output)
-    return metrics
+    left_out = bad.gathered()
+    tally.scored = processes.gather_lists(tally.scored)
+    if not tally.scored:
+        raise ValueError(f"none of the {len(chosen)} clips could be used; first: {left_out[0]}")
+    files = writer.finish(tally.scored)
+    metrics: dict[str, Any] = {}
+    if processes.is_main:
+        metrics = {
+            "command": "localize",
+            **opened.described,
+            **_described(settings, truth, references),
+            **tally.metrics(settings.main),
+            **files,
+            **listed_bad(left_out),
+        }
+        write_metrics(metrics, output)
+    return processes.share(metrics)
 
 
 @torch.no_grad()
@@ -162,12 +174,10 @@ class Tally:
     def __init__(self, truth: BoxTruth, rule: Truth) -> None:
         self.truth = truth
         self.rule = rule
-        self.clips: list[dict[str, Any]] = []
-        self.best: list[float] = []
-        self.scores: dict[str, dict[str, list[MapScores]]] = {"maps": {}, "controls": {}}
+        self.scored: list[ScoredClip] = []
 
-    def add(self, batch: Located, maps: dict[str, dict[str, Tensor]]) -> list[dict[str, MapScores]]:
-        """Score a batch; for each clip, its scores by the name of the map."""
+    def add(self, batch: Located, maps: dict[str, dict[str, Tensor]]) -> list[ScoredClip]:
+        """Score the clips of a batch."""
         large = {
             kind: {name: as_pictures(m) for name, m in found.items()}
             for kind, found in maps.items()
@@ -183,25 +193,26 @@ class Tally:
             values["controls"] |= {
                 name: score_map(m, given) for name, m in shape_controls(clip.index).items()
             }
-            for kind, found in values.items():
-                for name, score in found.items():
-                    self.scores[kind].setdefault(name, []).append(score)
-            self.best.append(best_possible(given))
-            self.clips.append(_clip_row(clip, given, values["maps"]))
-            scored.append(values["maps"] | values["controls"])
+            row_of_metrics = _clip_row(clip, given, values["maps"])
+            seconds = float(clip.times[0])
+            scored.append(ScoredClip(row_of_metrics, seconds, **values, best=best_possible(given)))
+        self.scored += scored
         return scored
 
     def metrics(self, main: str) -> dict[str, Any]:
         """What metrics.json says of the scores."""
         found = {
-            kind: {name: summarize(scores) for name, scores in named.items()}
-            for kind, named in self.scores.items()
+            kind: {
+                name: summarize([getattr(clip, kind)[name] for clip in self.scored])
+                for name in getattr(self.scored[0], kind)
+            }
+            for kind in ("maps", "controls")
         }
-        best = [MapScores(value, 1.0, 1.0, 1.0) for value in self.best]
+        best = [MapScores(clip.best, 1.0, 1.0, 1.0) for clip in self.scored]
         possible = summarize(best)
         return {
             "truth": self.rule,
-            "num_clips": len(self.clips),
+            "num_clips": len(self.scored),
             "map": main,
             **found,
             "above_centred_disc": self._above(main),
@@ -214,13 +225,12 @@ class Tally:
                 "AUC": found["maps"][main]["auc"],
                 "size-aware IoU": found["maps"][main]["size_aware_iou"],
             },
-            "clips": self.clips,
+            "clips": [clip.row for clip in self.scored],
         }
 
     def _above(self, main: str) -> dict[str, float | None]:
         """Mean over clips of the map's cIoU less the centred disc's, and its standard error."""
-        pairs = zip(self.scores["maps"][main], self.scores["controls"][DISC], strict=True)
-        gains = np.array([own.ciou - disc.ciou for own, disc in pairs])
+        gains = np.array([clip.maps[main].ciou - clip.controls[DISC].ciou for clip in self.scored])
         error = float(gains.std(ddof=1) / len(gains) ** 0.5) if len(gains) > 1 else None
         return {"mean_ciou": float(gains.mean()), "standard_error": error}
 

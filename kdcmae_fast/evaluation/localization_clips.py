@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from kdcmae_fast.config import DataConfig
-from kdcmae_fast.data import BadClip, BadClips, ClipDataset, ClipError, FrontEnd
+from kdcmae_fast.data import BadClip, ClipDataset, ClipError, FrontEnd
 from kdcmae_fast.data.clip import FRAME_LENGTH, FRAME_SHIFT, ClipFrames
 from kdcmae_fast.data.segments import take_segments, timed_segment_starts
 from kdcmae_fast.evaluation.localization_maps import References, normalized
+from kdcmae_fast.evaluation.processes import SharedBadClips
 from kdcmae_fast.models.cav_mae_sync import CavMaeSync
 
 if TYPE_CHECKING:
@@ -44,19 +45,17 @@ def located_batches(
     indices: Sequence[int],
     *,
     batch_size: int,
-    bad: BadClips,
+    bad: SharedBadClips,
 ) -> Iterator[Located]:
-    """The clips of `indices` in order, in batches; those that cannot be read go to `bad`."""
+    """The clips of `indices` in order, in batches; of several processes (of `bad`) this one's.
+
+    Clips that cannot be read go to `bad`; their batch is smaller.
+    """
     with ThreadPoolExecutor(max(1, data.num_workers)) as pool:
-        for first in range(0, len(indices), batch_size):
-            found = pool.map(_reader(dataset), indices[first : first + batch_size])
-            clips = []
-            for clip in found:
-                if isinstance(clip, BadClip):
-                    bad.add([clip])
-                else:
-                    clips.append(clip)
-            bad.check(first + batch_size)
+        for batch in bad.processes.batches(len(indices), batch_size):
+            found = list(pool.map(_reader(dataset), indices[batch.start : batch.stop]))
+            clips = [clip for clip in found if not isinstance(clip, BadClip)]
+            bad.add(batch, [clip for clip in found if isinstance(clip, BadClip)])
             if clips:
                 device = next(model.parameters()).device
                 frames = torch.stack([clip.frames[0] for clip in clips]).to(device)
@@ -68,15 +67,13 @@ def make_references(
 ) -> References:
     """At most `count` clips evenly out of `indices`, to attribute from; unreadable ones left out.
 
+    Of several processes each reads them all, so that they have the same.
     ValueError where there are fewer than two: a clip is not its own reference.
     """
     places = np.linspace(0, len(indices) - 1, min(count, len(indices))).round().astype(int)
     chosen = [indices[place] for place in places.tolist()]
-    batches = list(
-        located_batches(
-            model, dataset, data, chosen, batch_size=32, bad=BadClips(len(dataset), 1.0)
-        )
-    )
+    bad = SharedBadClips(len(dataset), len(chosen), 1.0)
+    batches = list(located_batches(model, dataset, data, chosen, batch_size=32, bad=bad))
     if sum(len(batch.clips) for batch in batches) < 2:
         raise ValueError(
             "fewer than 2 clips can be read: each one's map is compared with what other "

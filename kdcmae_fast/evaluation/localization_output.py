@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -25,11 +25,13 @@ from kdcmae_fast.evaluation.localization_scores import MapScores
 from kdcmae_fast.evaluation.localization_settings import LocalizationSettings
 from kdcmae_fast.evaluation.localization_truth import BoxTruth, clip_name
 from kdcmae_fast.evaluation.overlays import Panel, draw_overlay, write_overlay_video
+from kdcmae_fast.evaluation.processes import ALONE, Processes
 from kdcmae_fast.evaluation.source import Opened, file_name
 from kdcmae_fast.models.masking import video_grid
 
 VIDEO_RATE = 12.5  # frames in a second of the synthetic clips, which have any number
 SHOWN = 320  # pixels a side of the frames in pictures
+KEPT = ("maps", "frames", "own", "other")  # by a process that does not write
 COLUMNS = {
     "mean_ciou": "cIoU",
     "ap50": "AP50",
@@ -76,8 +78,25 @@ def read_prior(path: str) -> PriorMaps:
     return PriorMaps(path, maps)
 
 
+class ScoredClip(NamedTuple):
+    """What is known of a clip once its maps are scored.
+
+    row: of metrics.json. seconds: when the frame is shown. maps, controls: scores by the map's
+    name. best: cIoU that no map can exceed.
+    """
+
+    row: dict[str, Any]
+    seconds: float
+    maps: dict[str, MapScores]
+    controls: dict[str, MapScores]
+    best: float
+
+
 class LocalizationWriter:
-    """Draws the first clips as they are scored, and writes the rest at the end."""
+    """Draws the first clips as they are scored, and writes the rest at the end.
+
+    Of several processes the first one writes all files; the others keep what it needs of theirs.
+    """
 
     def __init__(
         self,
@@ -87,10 +106,14 @@ class LocalizationWriter:
         settings: LocalizationSettings,
         references: References,
         output: str | Path | None,
+        processes: Processes = ALONE,
     ) -> None:
         self.opened, self.dataset, self.truth = opened, dataset, truth
         self.settings, self.references = settings, references
         self.output = None if output is None else Path(output)
+        self.processes = processes
+        self.num_clips = 0  # of this process
+        self.kept: dict[str, list[Tensor]] = {name: [] for name in KEPT}
         self.pictures: list[dict[str, str]] = []
         self.videos: list[dict[str, str]] = []
         self.maps: dict[str, NDArray[np.float32]] = {}
@@ -99,73 +122,104 @@ class LocalizationWriter:
         self,
         batch: Located,
         maps: Mapping[str, Mapping[str, Tensor]],
-        scores: Sequence[Mapping[str, MapScores]],
+        scored: Sequence[ScoredClip],
     ) -> None:
-        """Draw what is still wanted of a batch; scores: of each clip, by the map's name."""
+        """Draw what is still wanted of a batch, or keep it for the process that draws."""
         if self.output is None:
             return
-        own, other = maps["maps"][self.settings.main], maps["controls"][WRONG_SOUND]
-        shown = {
-            name: min_max(upsample(m.float(), SHOWN)).cpu().numpy()
-            for name, m in ((self.settings.main, own), (WRONG_SOUND, other))
-        }
-        for row, clip in enumerate(batch.clips):
-            if self.settings.save_maps:
-                self.maps[clip_name(clip.video_id)] = own[row].float().cpu().numpy()
-            if len(self.pictures) < self.settings.pictures:
-                heats = {name: values[row] for name, values in shown.items()}
-                self._draw(clip, heats, scores[row])
+        main = self.settings.main
+        own, other = (m.float().cpu() for m in (maps["maps"][main], maps["controls"][WRONG_SOUND]))
+        frames = torch.stack([clip.frames[0] for clip in batch.clips])
+        if not self.processes.is_main:
+            drawn = slice(max(0, self.settings.pictures - self.num_clips))
+            saved = slice(None if self.settings.save_maps else 0)
+            pieces = own[saved], frames[drawn], own[drawn], other[drawn]
+            for name, piece in zip(KEPT, pieces, strict=True):
+                if len(piece):  # an empty one would keep its whole batch in memory
+                    self.kept[name].append(piece)
+        else:
+            for row, clip in enumerate(scored):
+                if self.settings.save_maps:
+                    self.maps[clip_name(clip.row["clip"])] = own[row].numpy()
+                if len(self.pictures) < self.settings.pictures:
+                    self._draw(clip, frames[row], own[row], other[row])
+                if len(self.videos) < self.settings.videos:
+                    self._film(clip)
+        self.num_clips += len(scored)
+
+    def finish(self, scored: Sequence[ScoredClip]) -> dict[str, Any]:
+        """Write what needs all clips; the lists of pictures and videos for metrics.json.
+
+        scored: the clips of all processes, in order.
+        """
+        if self.output is not None:
+            self._take_over(scored)
+            if self.processes.is_main:
+                rows = [clip.row for clip in scored]
+                _write_iou_lists(self.output / "viz", rows, self.settings)
+                if self.settings.save_maps:
+                    np.savez(self.output / "maps.npz", **self.maps)  # type: ignore[arg-type]
+        return {"pictures": self.pictures, "videos": self.videos}
+
+    def _take_over(self, scored: Sequence[ScoredClip]) -> None:
+        """On the first process: draw, film and add what the others kept of their clips."""
+        counts = self.processes.gather_lists([self.num_clips])
+        before = sum(counts[: self.processes.rank])
+        wanted = max(0, self.settings.pictures - before)
+        gathered = []
+        for name, pieces in self.kept.items():
+            rows = torch.cat(pieces) if pieces else torch.empty(0)
+            gathered.append(self.processes.gather_rows(rows if name == "maps" else rows[:wanted]))
+        if not self.processes.is_main:
+            return
+        maps, *drawn = (rows for rows in gathered if rows is not None)
+        theirs = scored[self.num_clips :]
+        for clip, own in zip(theirs, maps, strict=False):  # there are none unless to be saved
+            self.maps[clip_name(clip.row["clip"])] = own.numpy()
+        for clip, frame, own, other in zip(theirs, *drawn, strict=False):
+            self._draw(clip, frame, own, other)
+        for clip in theirs:
             if len(self.videos) < self.settings.videos:
                 self._film(clip)
 
-    def finish(self, clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Write what needs all clips; the lists of pictures and videos for metrics.json."""
-        if self.output is not None:
-            _write_iou_lists(self.output / "viz", clips, self.settings)
-            if self.settings.save_maps:
-                np.savez(self.output / "maps.npz", **self.maps)  # type: ignore[arg-type]
-        return {"pictures": self.pictures, "videos": self.videos}
-
-    def _draw(
-        self,
-        clip: ClipFrames,
-        heats: Mapping[str, NDArray[np.float32]],
-        scores: Mapping[str, MapScores],
-    ) -> None:
+    def _draw(self, clip: ScoredClip, frame: Tensor, own: Tensor, other: Tensor) -> None:
+        """frame: (3, S, S) uint8. own, other: (h, w)."""
         assert self.output is not None
-        name = f"{len(self.pictures):03d}_{file_name(clip_name(clip.video_id))}.png"
-        ciou = scores[next(iter(heats))].ciou
-        title = f"{clip.video_id}: cIoU {ciou:.2f}"
-        panels = [
-            Panel(label, heat, f"cIoU {scores[label].ciou:.2f}") for label, heat in heats.items()
-        ]
-        frame = _shown(clip.frames[0])
-        boxes = self._boxes(clip.index, float(clip.times[0]))
-        draw_overlay(self.output / name, title, frame, boxes, panels)
+        video_id = clip.row["clip"]
+        name = f"{len(self.pictures):03d}_{file_name(clip_name(video_id))}.png"
+        panels = []
+        for label, values in ((self.settings.main, own), (WRONG_SOUND, other)):
+            heat = min_max(upsample(values[None], SHOWN))[0].numpy()
+            ciou = (clip.maps | clip.controls)[label].ciou
+            panels.append(Panel(label, heat, f"cIoU {ciou:.2f}"))
+        title = f"{video_id}: cIoU {clip.maps[self.settings.main].ciou:.2f}"
+        boxes = self._boxes(clip.row["index"], clip.seconds)
+        draw_overlay(self.output / name, title, _shown(frame), boxes, panels)
         self.pictures.append({"file": name, "title": title})
 
-    def _film(self, clip: ClipFrames) -> None:
+    def _film(self, clip: ScoredClip) -> None:
         """All frames of a clip, each with the map of its moment."""
         assert self.output is not None
+        index, video_id = clip.row["index"], clip.row["clip"]
         count = None
         if isinstance(self.dataset, SyntheticClips):
             count = max(2, round(self.dataset.clip_seconds * VIDEO_RATE))
         try:
-            film = self.dataset.read_frames(clip.index, count)
+            film = self.dataset.read_frames(index, count)
         except ClipError:
             return  # its one frame could be read; the report of bad clips is about those
         heats = min_max(self._film_maps(film).flatten(0, 1)[None])[0]  # one scale for the clip
         heats = heats.unflatten(0, (len(film.times), -1)).cpu().numpy()
-        name = f"{len(self.videos):03d}_{file_name(clip_name(clip.video_id))}.mp4"
+        name = f"{len(self.videos):03d}_{file_name(clip_name(video_id))}.mp4"
         write_overlay_video(
             self.output / name,
             np.stack([_shown(frame) for frame in film.frames]),
             heats,
-            [self._boxes(clip.index, float(time)) for time in film.times],
+            [self._boxes(index, float(time)) for time in film.times],
             film.times,
             film.waveform.numpy(),
         )
-        self.videos.append({"file": name, "title": f"{clip.video_id}, {self.settings.map}"})
+        self.videos.append({"file": name, "title": f"{video_id}, {self.settings.map}"})
 
     @torch.no_grad()
     def _film_maps(self, film: ClipFrames) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from kdcmae_fast.data import BadClip, BadClips
+
 PATIENCE = timedelta(days=7)  # processes wait for each other while one of them does long work
 
 
@@ -82,6 +84,43 @@ class Processes(NamedTuple):
 
 
 ALONE = Processes()
+
+
+class SharedBadClips:
+    """The bad clips of an evaluation, and the verdict on them that one process would come to.
+
+    dataset_clips: size of the dataset. wanted: clips to evaluate. max_share: as of `BadClips`.
+    """
+
+    def __init__(
+        self, dataset_clips: int, wanted: int, max_share: float, processes: Processes = ALONE
+    ) -> None:
+        self.wanted, self.processes = wanted, processes
+        self._limits = dataset_clips, max_share
+        self._own = BadClips(*self._limits)
+        self._batches: list[tuple[int, list[BadClip]]] = []
+
+    def add(self, batch: range, clips: list[BadClip]) -> None:
+        """The bad ones of a batch, which is read; TooManyBadClips when it is useless to go on.
+
+        Of several processes nobody knows how far the others are, so that each goes on while all
+        other clips may be good.
+        """
+        self._batches.append((batch.stop, clips))
+        self._own.add(clips)
+        alone = self.processes.size == 1
+        self._own.check((batch.stop if alone else self.wanted) - len(self._own))
+
+    def gathered(self) -> list[BadClip]:
+        """Those of all processes in the order of the clips, on every process.
+
+        Raises TooManyBadClips where one process would have stopped, however few are bad later on.
+        """
+        found = BadClips(*self._limits)
+        for stop, clips in self.processes.gather_lists(self._batches):
+            found.add(clips)
+            found.check(stop - len(found))
+        return found.rows()
 
 
 def launched_processes() -> Processes:
