@@ -88,8 +88,21 @@ def _run(arguments: list[str]) -> int:
         # The script's own command line; nothing here reads those arguments.
         code: int = importlib.import_module(SCRIPTS[command]).main(arguments)
         return code
-    COMMANDS[command].run(build_parser(command).parse_intermixed_args(arguments))
+    options = build_parser(command).parse_intermixed_args(arguments)
+    if not COMMANDS[command].shared:
+        _require_one_process(command)
+    COMMANDS[command].run(options)
     return 0
+
+
+def _require_one_process(command: str) -> None:
+    """ValueError in a process that a launcher started beside others: each would do all the work."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if "RANK" in os.environ and size > 1:  # a batch script may well set the second one alone
+        raise ValueError(
+            f"kdcmae {command} works in one process, and a launcher started {size} (WORLD_SIZE); "
+            "run it without the launcher"
+        )
 
 
 def _command(arguments: Sequence[str]) -> str | None:
@@ -218,14 +231,18 @@ def _log_shown() -> Iterator[None]:
 
 
 class Command(NamedTuple):
-    """One subcommand: its line in the list, its arguments, what it does with them."""
+    """One subcommand: its line in the list, its arguments, what it does with them.
+
+    shared: the processes of a launcher share its work; other commands refuse more than one.
+    """
 
     summary: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], None]
+    shared: bool = False
 
 
-def _of_module(summary: str, name: str) -> Command:
+def _of_module(summary: str, name: str, *, shared: bool = False) -> Command:
     """The command whose `add_arguments` and `run` are in module `name`, imported when called."""
 
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -234,7 +251,7 @@ def _of_module(summary: str, name: str) -> Command:
     def run(options: argparse.Namespace) -> None:
         importlib.import_module(name).run(options)
 
-    return Command(summary, add_arguments, run)
+    return Command(summary, add_arguments, run, shared)
 
 
 def _parses_itself(_: Any) -> None:
@@ -259,18 +276,28 @@ COMMANDS = {
     "prepare": _of_module("make a dataset of videos", f"{DATA}.prepare.command"),
     "doctor": _of_module("check a dataset before a run", f"{DATA}.doctor.command"),
     "datasets": _of_module("published datasets, and lists of them", f"{DATA}.datasets.command"),
-    "classify": _of_module("what a fine-tuned model makes of clips", f"{EVALUATION}.classify"),
+    "classify": _of_module(
+        "what a fine-tuned model makes of clips", f"{EVALUATION}.classify", shared=True
+    ),
     "average": _of_module("mean of the weights of several epochs", f"{EVALUATION}.average"),
-    "retrieve": _of_module("cross-modal retrieval, both ways", f"{EVALUATION}.retrieve"),
+    "retrieve": _of_module(
+        "cross-modal retrieval, both ways", f"{EVALUATION}.retrieve", shared=True
+    ),
     "inpaint": _of_module(
         "hide parts of clips, fill them in: pictures and sounds", f"{EVALUATION}.inpaint"
     ),
     "score": _of_module(
         "how well sound and picture of videos fit, moment by moment", f"{EVALUATION}.score"
     ),
-    "features": _of_module("features as NumPy or Parquet files", f"{EVALUATION}.features"),
-    "localize": _of_module("where in a frame its sound comes from", f"{EVALUATION}.localize"),
-    "probe": _of_module("simple classifiers on frozen features, with folds", f"{EVALUATION}.probe"),
+    "features": _of_module(
+        "features as NumPy or Parquet files", f"{EVALUATION}.features", shared=True
+    ),
+    "localize": _of_module(
+        "where in a frame its sound comes from", f"{EVALUATION}.localize", shared=True
+    ),
+    "probe": _of_module(
+        "simple classifiers on frozen features, with folds", f"{EVALUATION}.probe", shared=True
+    ),
     "reconstruct": _of_module(
         "pictures of masked and reconstructed clips", f"{EVALUATION}.reconstruct"
     ),

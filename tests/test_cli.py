@@ -176,6 +176,39 @@ def leaves(group, prefix=""):
             yield f"{prefix}{field.name}", field
 
 
+SHARED = {"pretrain", "finetune", "classify", "retrieve", "features", "localize", "probe"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inpaint", "--checkpoint", "m", "--output", "out"),
+        ("score", "--checkpoint", "m", "a.mp4"),
+        ("reconstruct", "--checkpoint", "m", "--output", "out"),
+        ("report", "run"),
+        ("average", "out", "a", "b"),
+        ("convert", "a", "b"),
+    ],
+)
+def test_what_one_process_does_is_not_done_by_two(kdcmae, monkeypatch, arguments):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "launcher" not in kdcmae(*arguments)[2]  # of a batch script that starts the launcher
+    for rank, where in (("0", ""), ("1", " on rank 1")):
+        monkeypatch.setenv("RANK", rank)
+        code, out, err = kdcmae(*arguments)
+        assert (code, out) == (1, "")
+        assert err == (
+            f"error{where}: kdcmae {arguments[0]} works in one process, and a launcher started 2 "
+            "(WORLD_SIZE); run it without the launcher\n"
+        )
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "launcher" not in kdcmae(*arguments)[2]
+
+
+def test_which_commands_share_their_work():
+    assert {name for name, command in COMMANDS.items() if command.shared} == SHARED - set(SCRIPTS)
+
+
 def test_settings_shows_every_field_and_its_comment(kdcmae):
     code, out, _ = kdcmae("settings")
     assert code == 0
