@@ -54,5 +54,6 @@ def report_error(error: BaseException, *, debug: bool) -> int:
         traceback.print_exception(error)
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" on rank {rank}"
-    print(f"error{where}: {one_line(error)}", file=sys.stderr)
+    # In one piece: torchrun unbuffers its processes, whose printed lines and line ends would mix.
+    sys.stderr.write(f"error{where}: {one_line(error)}\n")
     return 1
