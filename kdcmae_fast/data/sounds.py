@@ -11,6 +11,7 @@ from kdcmae_fast.data.manifest import Entry, read_label_csv, read_manifest
 from kdcmae_fast.data.media import MediaError, MediaOptions, read_sound
 
 KINDS = "aif aiff flac mp3 ogg opus wav"  # known file extensions
+EXTENSIONS = frozenset(f".{kind}" for kind in KINDS.split())
 MIN_SECONDS = 0.1  # a spoken word may be short; a video's sound is not (`media.MIN_SECONDS`)
 
 
@@ -75,9 +76,8 @@ class SoundClips:
 
 
 def _folder_entries(root: Path) -> list[Entry]:
-    wanted = frozenset(f".{kind}" for kind in KINDS.split())
     files = sorted(
-        (file for file in root.rglob("*") if file.suffix.lower() in wanted and file.is_file()),
+        (file for file in root.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file()),
         key=lambda file: file.relative_to(root).as_posix(),
     )
     if not files:

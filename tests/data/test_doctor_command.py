@@ -83,7 +83,7 @@ def test_recipe_gives_the_settings(kdcmae, manifest, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["nowhere"], "nowhere: no such file or folder; give a manifest, shards or videos"),
+        (["nowhere"], "nowhere: no such file or folder; give a manifest, shards, videos or sounds"),
         ([".", "data.path=x"], "argument data.path=x: data.* (but for source and path)"),
         ([".", "optim.lr=1"], "argument optim.lr=1: data.*"),
         ([".", "--samples", "0"], "--samples 0 must be at least 1"),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+SOUNDS = "data.source=sounds"  # the one source that a path may not tell
 EPILOG = """\
 Exit code 0: a run with these settings would start and stay under data.max_bad_share, and no shard
 is damaged. Warnings do not change it. The share of bad clips is that of the clips read: --all is
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.epilog = EPILOG
     add = parser.add_argument
-    add("path", metavar="PATH", help="manifest (JSON), folder of shards, or folder of videos")
+    add("path", metavar="PATH", help="manifest (JSON), or folder of shards, videos or sounds")
     add("--label-csv", metavar="CSV", help="index,mid,display_name (data.label_csv)")
     add("--against", metavar="PATH", help="another dataset: warn of clips that are in both")
     add("--samples", type=int, default=500, metavar="N", help="clips to read, drawn at random")
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="key=value",
         help="data.* (and model.*) settings of the run, as in data.num_frames=16; "
-        "data.num_workers reads in parallel",
+        "data.num_workers reads in parallel; data.source=sounds: only the sounds of PATH",
     )
 
 
@@ -82,7 +83,8 @@ def _settings(options: argparse.Namespace) -> Any:
     for setting in settings:
         key = setting.partition("=")[0]
         known = key == "train.seed" or key.startswith(("data.", "model."))
-        if key in ("data.source", "data.path") or not known:
+        from_path = key in ("data.source", "data.path") and setting != SOUNDS
+        if from_path or not known:
             raise ValueError(
                 f"argument {setting}: data.* (but for source and path), model.* and train.seed "
                 f"describe the run"
@@ -94,7 +96,12 @@ def _settings(options: argparse.Namespace) -> Any:
     recipe_train = found.get("train")
     seed = recipe_train.get("seed", 0) if isinstance(recipe_train, dict) else 0
     train = {"train": {"steps": 1, "seed": seed}}  # `steps` only because a run must name a length
-    settings += ["data.source=synthetic"]  # until the path says what it is
+    recipe_data = found.get("data")
+    source = recipe_data.get("source") if isinstance(recipe_data, dict) else None
+    if source == "sounds" or SOUNDS in settings:
+        settings += [SOUNDS, f"data.path={options.path}"]
+    else:
+        settings += ["data.source=synthetic"]  # until the path says what it is
     return load_config({**groups, **train}, settings, origin=options.recipe or "defaults")
 
 

@@ -101,13 +101,14 @@ def examine(
 ) -> Diagnosis:
     """Look at the dataset at `path` as a run with these settings would.
 
-    data: its source and path are those of `path`; the rest is what the run has.
+    data: its source and path are those of `path`; the rest is what the run has. Of a list or a
+    folder that has pictures too, source "sounds" takes the sounds alone.
     against: another dataset that must have no clip in common. samples: clips to read, drawn at
     random; None reads all. epochs: reads of each clip, as that many epochs see it.
     progress: told how many of how many clips have been read.
     Raises ValueError for a path with nothing to examine; what is wrong in it becomes a finding.
     """
-    source = guess_source(path)
+    source = guess_source(path, sounds=data.source == "sounds")
     if source == "tar":
         return Diagnosis(path, data, model, _foreign(path))
     data = dataclasses.replace(data, source=source, path=path)

@@ -8,6 +8,7 @@ from kdcmae_fast.data.doctor.lists import ClipList, ListRow, overlap
 from kdcmae_fast.data.manifest import read_label_csv
 
 FEW = 5  # clips; a class with less is named
+ONE_FILE_EACH = ("manifest", "sounds")  # lists that a run reads whole, a sound file for each clip
 
 
 def check_list(found: ClipList) -> list[Check]:
@@ -24,7 +25,7 @@ def check_list(found: ClipList) -> list[Check]:
         )
     ]
     kinds = [("duplicate ids", "id")]
-    if found.source == "manifest":  # elsewhere one file may hold several clips
+    if found.source in ONE_FILE_EACH:  # elsewhere one file may hold several clips
         kinds.append(("duplicate files", "source"))
     for name, field in kinds:
         times = Counter(getattr(row, field) for row in found.rows)
@@ -84,7 +85,7 @@ def _unknown_labels(found: ClipList, classes: dict[str, int]) -> Check:
     first = [row for row in found.rows if row.mids and row.mids[0] not in classes]
     later = [row for row in found.rows if any(mid not in classes for mid in row.mids[1:])]
     result: Result = "warning" if first or later else "ok"
-    if first and found.source == "manifest":
+    if first and found.source in ONE_FILE_EACH:
         result = "error"  # in shards they are bad clips, which the media check counts
     unknown = first or later
     names = sorted({mid for row in unknown for mid in row.mids if mid not in classes})

@@ -3,17 +3,18 @@
 import csv
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from kdcmae_fast.config import DataConfig
-from kdcmae_fast.data.folder import EXTENSIONS
+from kdcmae_fast.data.folder import EXTENSIONS as VIDEO_EXTENSIONS
 from kdcmae_fast.data.manifest import PLACEHOLDER
 from kdcmae_fast.data.shards.layout import DATASET, LABELS, SHARDS, read_dataset, read_index
+from kdcmae_fast.data.sounds import EXTENSIONS as SOUND_EXTENSIONS
 
-Source = Literal["manifest", "shards", "folder", "tar"]
+Source = Literal["manifest", "shards", "folder", "sounds", "tar"]
 
 
 class ListRow(NamedTuple):
@@ -37,46 +38,73 @@ class ClipList:
     label_csv: str = ""
 
 
-def guess_source(path: str) -> Source:
-    """What is at `path`; ValueError where there is nothing to examine."""
+def guess_source(path: str, *, sounds: bool = False) -> Source:
+    """What is at `path`; ValueError where there is nothing to examine.
+
+    A list of which no entry has a `video_path`, and a folder of sound files, are sounds without
+    pictures. sounds: so are a list that has them and a folder with videos beside the sounds.
+    """
     target = Path(path)
     if target.is_file():
-        return "tar" if target.suffix == ".tar" else "manifest"
+        if target.suffix == ".tar":
+            return "tar"
+        return "sounds" if sounds or _lists_sounds(path) else "manifest"
     if not target.is_dir():
-        raise ValueError(f"{path}: no such file or folder; give a manifest, shards or videos")
+        raise ValueError(
+            f"{path}: no such file or folder; give a manifest, shards, videos or sounds"
+        )
     if (target / DATASET).exists() or (target / SHARDS).is_dir():
         return "shards"
-    names = [name for _, _, files in os.walk(target) for name in files]
-    if any(os.path.splitext(name)[1].lower() in EXTENSIONS for name in names):
-        return "folder"
-    if any(name.endswith(".tar") for name in names):
-        return "tar"
-    return "folder"
+    found = {os.path.splitext(name)[1].lower() for _, _, names in os.walk(target) for name in names}
+    if found & SOUND_EXTENSIONS and (sounds or not found & VIDEO_EXTENSIONS):
+        return "sounds"
+    return "tar" if ".tar" in found and not found & VIDEO_EXTENSIONS else "folder"
 
 
 def read_list(data: DataConfig) -> ClipList:
     """The list that `data` names; never raises for what is in it."""
-    if data.source == "manifest":
-        return _manifest(data)
+    root = Path(data.path)
     if data.source == "shards":
         return _shards(data)
-    root = Path(data.path)
-    files = (file for file in root.rglob("*") if file.suffix.lower() in EXTENSIONS)
+    if data.source == "manifest":
+        return _manifest(data, "manifest")
+    if data.source == "sounds":
+        return _manifest(data, "sounds") if root.is_file() else _folder(root, "sounds")
+    return _folder(root, "folder")
+
+
+def _folder(root: Path, source: Source) -> ClipList:
+    wanted = SOUND_EXTENSIONS if source == "sounds" else VIDEO_EXTENSIONS
+    files = (file for file in root.rglob("*") if file.suffix.lower() in wanted)
     names = sorted(file.relative_to(root).as_posix() for file in files if file.is_file())
-    return ClipList("folder", [ListRow(_text(n), os.path.abspath(root / n)) for n in names])
+    return ClipList(source, [ListRow(_text(n), os.path.abspath(root / n)) for n in names])
 
 
-def _manifest(data: DataConfig) -> ClipList:
-    found = ClipList("manifest", label_csv=data.label_csv)
+def _json_rows(path: str) -> list[object]:
+    with open(path, encoding="utf-8") as file:
+        rows = json.load(file)["data"]
+    return rows if isinstance(rows, list) else []
+
+
+def _lists_sounds(path: str) -> bool:
+    """Whether the entries of a JSON list have sounds, and none of them pictures."""
     try:
-        with open(data.path, encoding="utf-8") as file:
-            content = json.load(file)
-        rows = content["data"]
+        rows = [row for row in _json_rows(path) if isinstance(row, dict)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return any(row.get("wav") for row in rows) and not any(row.get("video_path") for row in rows)
+
+
+def _manifest(data: DataConfig, source: Source) -> ClipList:
+    found = ClipList(source, label_csv=data.label_csv)
+    media = ("wav",) if source == "sounds" else ("wav", "video_path")
+    try:
+        rows = _json_rows(data.path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         found.problems.append(f"{data.path}: {type(error).__name__}: {error}")
         return found
-    for number, row in enumerate(rows if isinstance(rows, list) else []):
-        problem = _manifest_problem(row, labelled=bool(data.label_csv))
+    for number, row in enumerate(rows):
+        problem = _manifest_problem(row, media, labelled=bool(data.label_csv))
         if problem:
             found.problems.append(f"entry {number}: {problem}")
         if isinstance(row, dict) and isinstance(row.get("video_id"), str):
@@ -88,13 +116,14 @@ def _manifest(data: DataConfig) -> ClipList:
     return found
 
 
-def _manifest_problem(row: object, *, labelled: bool) -> str:
+def _manifest_problem(row: object, media: Sequence[str], *, labelled: bool) -> str:
+    """media: keys of the entry that name files or folders."""
     if not isinstance(row, dict):
         return "not an object"
-    keys = ("video_id", "wav", "video_path", *(("labels",) if labelled else ()))
+    keys = ("video_id", *media, *(("labels",) if labelled else ()))
     if wrong := [key for key in keys if not isinstance(row.get(key), str) or not row[key]]:
         return f"{', '.join(wrong)} must be text"
-    for key in ("wav", "video_path"):
+    for key in media:
         if found := PLACEHOLDER.search(row[key]):
             return f"{key} still has the placeholder {found.group()}"
     return ""
@@ -133,7 +162,7 @@ def display_names(label_csv: str) -> dict[str, str]:
 
 
 def _text(name: str) -> str:
-    """A name as `VideoFolder` reports it: one that is not UTF-8 must not break the report."""
+    """A name as a folder's dataset reports it: one that is not UTF-8 must not break the report."""
     return name.encode("utf-8", "replace").decode()
 
 

@@ -101,9 +101,12 @@ def check_properties(
     # Shards bring their own frame times; a run that reads them does not look at num_frames.
     expected = {"manifest": data.num_frames, "shards": None}
     checks = [_frames(facts, expected[source])] if source in expected else []
+    if source == "sounds":
+        checks.append(_no_pictures(len(facts), model))
+    else:
+        checks.append(_pictures(facts, model.img_size))
     checks += [
-        _pictures(facts, model.img_size),
-        _rates(facts),
+        _rates(facts, source),
         _channels(facts, data.channel),
         _durations(facts, seconds),
         _levels(facts, data.reject_silence),
@@ -144,19 +147,31 @@ def _pictures(facts: Sequence[ClipFacts], img_size: int) -> Check:
     )
 
 
-def _rates(facts: Sequence[ClipFacts]) -> Check:
+def _no_pictures(count: int, model: ModelConfig) -> Check:
+    """Sounds against the model: a run of one that has a video branch does not start."""
+    if model.modalities == "audio":
+        return Check("pictures", "ok", 0, "none, and model.modalities=audio needs none")
+    return Check(
+        "pictures",
+        "error",
+        count,
+        f"sounds without pictures, and model.modalities={model.modalities} needs them",
+        advice="set model.modalities=audio, or give clips with pictures",
+    )
+
+
+def _rates(facts: Sequence[ClipFacts], source: Source) -> Check:
     rates = [(f.video_id, f.properties.rate) for f in facts if f.properties.rate]
     other = [(name, rate) for name, rate in rates if rate != SAMPLE_RATE]
     times = Counter(rate for _, rate in rates)
+    once = "convert the files once" if source == "sounds" else "`kdcmae prepare` does it once"
     return Check(
         "sample rates",
         "warning" if other else "ok",
         len(other),
         ", ".join(f"{rate} Hz: {count:,}" for rate, count in sorted(times.items())),
         first_lines(f"{name}: {rate} Hz" for name, rate in other),
-        f"the loader resamples them to {SAMPLE_RATE} Hz each time; `kdcmae prepare` does it once"
-        if other
-        else "",
+        f"the loader resamples them to {SAMPLE_RATE} Hz each time; {once}" if other else "",
     )
 
 

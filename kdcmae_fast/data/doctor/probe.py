@@ -23,6 +23,7 @@ from kdcmae_fast.data.manifest import ManifestClips
 from kdcmae_fast.data.media import MediaError, decode_picture, require_file
 from kdcmae_fast.data.shards import ShardClips
 from kdcmae_fast.data.shards.layout import read_index, tar_path
+from kdcmae_fast.data.sounds import SoundClips
 
 CHUNK = 8  # clips a worker takes at a time
 MOST_FRAMES = 100  # looked for beyond data.num_frames
@@ -116,26 +117,32 @@ def _properties(dataset: ClipDataset, index: int) -> tuple[Properties, str]:
         return _manifest_properties(dataset, index)
     if isinstance(dataset, ShardClips):
         return _shard_properties(dataset, index)
+    if isinstance(dataset, SoundClips):
+        return _sound_properties(dataset.entries[index].wav), ""
     if isinstance(dataset, VideoFolder):
         return _video_properties(str(dataset.root / dataset.names[index])), ""
     return Properties(), ""
 
 
-def _manifest_properties(dataset: ManifestClips, index: int) -> tuple[Properties, str]:
+def _sound_properties(path: str) -> Properties:
     import soundfile
 
-    entry = dataset.entries[index]
-    rate = channels = seconds = None
     try:
-        require_file(entry.wav)
-        about = soundfile.info(entry.wav)
-        rate, channels, seconds = about.samplerate, about.channels, about.frames / about.samplerate
+        require_file(path)
+        about = soundfile.info(path)
     except (MediaError, soundfile.SoundFileError, RuntimeError):
-        pass  # reading the clip tells the same, in its own words
+        return Properties()  # reading the clip tells the same, in its own words
+    return Properties(about.frames / about.samplerate, about.samplerate, about.channels)
+
+
+def _manifest_properties(dataset: ManifestClips, index: int) -> tuple[Properties, str]:
+    entry = dataset.entries[index]
+    sound = _sound_properties(entry.wav)
+    seconds = sound.seconds or 0.0
     count, folder = dataset.options.num_frames, entry.video_path
-    times = np.arange(count) * ((seconds or 0.0) / count)
+    times = np.arange(count) * (seconds / count)
     problem = ""
-    for k in reachable_frames(times, seconds or 0.0, dataset.options.seconds):
+    for k in reachable_frames(times, seconds, dataset.options.seconds):
         path = f"{folder}/frame_{k}/{entry.video_id}.jpg"
         try:
             require_file(path)
@@ -145,7 +152,7 @@ def _manifest_properties(dataset: ManifestClips, index: int) -> tuple[Properties
             break
     size = _picture_size(f"{folder}/frame_0/{entry.video_id}.jpg")
     frames = _count_frames(folder, entry.video_id, count)
-    return Properties(seconds, rate, channels, size, frames), problem
+    return sound._replace(size=size, frames=frames), problem
 
 
 def reachable_frames(times: NDArray[np.floating], seconds: float, window: float) -> list[int]:
