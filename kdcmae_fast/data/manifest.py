@@ -55,10 +55,17 @@ class Entry(NamedTuple):
         """Number of the first label, -1 without one."""
         return self.classes[0] if self.classes else -1
 
+    def times(self, duration: float, num_frames: int) -> NDArray[np.floating]:
+        """When each frame is shown, seconds: frame_times, or k / num_frames of the duration."""
+        if self.frame_times is not None:
+            return self.frame_times
+        return np.arange(num_frames) * (duration / num_frames)
+
 
 class ManifestClips:
     """Clips of a JSON list; each epoch takes another of a clip's frames.
 
+    Its frames are those of its `frame_times`, or else data.num_frames, evenly over the sound.
     path: the JSON file. label_csv: "" when labels do not matter (they are -1 then).
     A clip's class is the first of its labels, which must be in the CSV; others may be missing.
     `<name>_weight.csv` beside <name>.json: a sampling weight per clip, for data.sampling=balanced.
@@ -84,8 +91,7 @@ class ManifestClips:
         rng = keyed_rng(self.seed, FRAME_STREAM, epoch, index)
         try:
             waveform, window, duration = read_sound(entry.wav, self.options, rng)
-            count = self.options.num_frames
-            k = nearest_frame(np.arange(count) * (duration / count), window, rng)
+            k = nearest_frame(entry.times(duration, self.options.num_frames), window, rng)
             frame = read_picture(self._frame_path(entry, k), self.options.img_size)
         except MediaError as error:
             raise ClipError(entry.video_id, str(error)) from error
@@ -117,12 +123,9 @@ class ManifestClips:
             frames = torch.stack([read_picture(path, self.options.img_size) for path in paths])
         except MediaError as error:
             raise ClipError(entry.video_id, str(error)) from error
-        if entry.frame_times is None:
-            times = np.arange(stored, dtype=np.float64) * np.float64(duration / stored)
-        else:
-            times = entry.frame_times.astype(np.float64)
+        times = entry.times(duration, stored)[numbers].astype(np.float64)
         return ClipFrames(
-            entry.video_id, index, waveform, frames, times[numbers], entry.label, entry.classes
+            entry.video_id, index, waveform, frames, times, entry.label, entry.classes
         )
 
     def stored_frames(self, index: int, expected: int = 0) -> int:

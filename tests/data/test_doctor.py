@@ -141,6 +141,14 @@ def test_bad_clips_are_those_a_long_run_finds(tree):
     assert len(run) == 3
 
 
+def test_frames_of_a_list_with_times_are_those_it_names(tree):
+    for row in tree.rows:
+        row["frame_times"] = [0.0, 0.9]  # the third of data.num_frames is not read
+    tree.frame("clip1", 2).unlink()
+    tree.frame("clip2", 1).unlink()
+    assert [fact.video_id for fact in tree.examine().facts if fact.reason] == ["clip2"]
+
+
 @pytest.mark.parametrize("bad", [1, 2, 3])
 def test_would_start_agrees_with_the_loader_of_a_run(tree, bad):
     """data.max_bad_share=0.2 of 10 clips: 2 bad ones pass, 3 do not."""

@@ -16,6 +16,8 @@ soundfile = pytest.importorskip("soundfile")
 Image = pytest.importorskip("PIL.Image")
 
 MODEL = ModelConfig(audio_length=128, img_size=32)
+EVEN_SHORT = [int(k) for k in "120112121212221102212210"]  # of 24 epochs, see below
+EVEN_LONG = [int(k) for k in "221222212112122212211111"]
 CSV = 'index,mid,display_name\n0,/m/09x0r,"Speech, loud"\n1,vgg_7,dog\n'
 
 
@@ -66,6 +68,48 @@ def test_clips(tree):
     assert reds == {0, 1, 2}
     assert torch.equal(dataset.read(1, 5).waveform, open_tree(tree).read(1, 5).waveform)
     assert open_tree(tree, label_csv="").read(1, 0).label == -1
+
+
+def reds(dataset, index: int, epochs: int = 24) -> list[int]:
+    """Which frame each epoch takes of the 3 s clip or the other."""
+    frames = (dataset.read(index, epoch).frame[0].float().mean() for epoch in range(epochs))
+    return [round(frame.item() / 60) for frame in frames]
+
+
+def with_times(tree: Path, *times: list[float]) -> None:
+    rows = json.loads((tree / "list.json").read_text())["data"]
+    for row, own in zip(rows, times, strict=True):
+        row["frame_times"] = own
+    (tree / "list.json").write_text(json.dumps({"data": rows}))
+
+
+def test_without_frame_times_frames_are_evenly_over_the_sound(tree):
+    """As it was before lists had any: the choices of 24 epochs, taken from that code."""
+    dataset = open_tree(tree)
+    assert reds(dataset, 0) == EVEN_SHORT and reds(dataset, 1) == EVEN_LONG
+    with_times(tree, [k / 3 for k in range(3)], [0.0, 1.0, 2.0])  # the same, said in the list
+    assert reds(open_tree(tree), 0) == EVEN_SHORT and reds(open_tree(tree), 1) == EVEN_LONG
+
+
+def test_frame_times_of_the_list_say_which_frames_are_in_a_window(tree):
+    """Of 3 s a clip takes 1.295 s: frames shown at its ends are never in one window."""
+    ramp = np.arange(48_000) / 60_000  # 0.8 after 3 s: its first sample tells where a window starts
+    soundfile.write(tree / "two 2.flac", ramp, 16_000)
+    times = [0.1, 0.2, 2.9]
+    with_times(tree, [0.0, 0.5], times)
+    dataset = open_tree(tree)
+    assert set(reds(dataset, 0)) == {0, 1}  # the list names two frames of the three
+    taken = reds(dataset, 1)
+    seconds = (400 + 127 * 160) / 16_000
+    for epoch, k in enumerate(taken):
+        start = dataset.read(1, epoch).waveform[0].item() * 60_000 / 16_000
+        inside = [i for i in range(3) if start <= times[i] < start + seconds]
+        middle = start + seconds / 2
+        nearest = min(range(3), key=lambda i: abs(times[i] - middle))
+        assert k in (inside or [nearest]), (epoch, start)
+    assert set(taken) == {0, 1, 2} and taken != EVEN_LONG
+    assert dataset.read_frames(1).times.tolist() == pytest.approx(times)
+    assert open_tree(tree, num_frames=2).read(1, taken.index(2)).frame[0].float().mean() > 100
 
 
 def test_channels(tree):

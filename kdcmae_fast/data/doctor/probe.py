@@ -140,9 +140,8 @@ def _manifest_properties(dataset: ManifestClips, index: int) -> tuple[Properties
     sound = _sound_properties(entry.wav)
     seconds = sound.seconds or 0.0
     count, folder = dataset.options.num_frames, entry.video_path
-    times = np.arange(count) * (seconds / count)
     problem = ""
-    for k in reachable_frames(times, seconds, dataset.options.seconds):
+    for k in reachable_frames(entry.times(seconds, count), seconds, dataset.options.seconds):
         path = f"{folder}/frame_{k}/{entry.video_id}.jpg"
         try:
             require_file(path)
