@@ -117,11 +117,18 @@ def _add_backends(parser: argparse.ArgumentParser) -> None:
 
 def _backends(options: argparse.Namespace) -> None:
     from kdcmae_fast.kernels import backends
+    from kdcmae_fast.kernels.common.dispatch import NONE
 
     found = backends(options.device)
     width = max(map(len, found))
     for op, (impl, reason) in found.items():
         print(f"{op:{width}}  {impl:8}  {reason}")
+    if unusable := sum(impl == NONE for impl, _ in found.values()):
+        wanted = os.environ.get("KDCMAE_IMPL")
+        raise ValueError(
+            f"KDCMAE_IMPL={wanted}: {unusable} of {len(found)} ops cannot run so here; unset it, "
+            "or take another machine or --device"
+        )
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

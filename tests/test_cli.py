@@ -167,6 +167,17 @@ def test_backends_names_every_op(kdcmae):
     assert all(len(line.split()) > 2 for line in out.splitlines())
 
 
+def test_backends_that_cannot_run_are_in_the_table_and_the_exit_code(kdcmae, monkeypatch):
+    monkeypatch.setenv("KDCMAE_IMPL", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    code, out, err = kdcmae("backends", "--device", "cpu")
+    lines = {line.split()[0]: line.split()[1] for line in out.splitlines()}
+    assert code == 1 and (lines["info_nce"], lines["mlp"]) == ("none", "torch")
+    unusable = sum(impl == "none" for impl in lines.values())
+    assert err.startswith(f"error: KDCMAE_IMPL=triton: {unusable} of {len(lines)} ops cannot run")
+    assert err.count("\n") == 1
+
+
 def leaves(group, prefix=""):
     """(dotted key, field) of every setting."""
     for field in dataclasses.fields(group):

@@ -18,12 +18,16 @@ log = logging.getLogger("kdcmae_fast.kernels")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 IMPLS = ("torch", "cpp", "triton", "cuda")
+NONE = "none"  # in `backends()`
 _MEANT_FOR = {"cpu": "cpp", "cuda": "triton"}  # missing there costs speed: said once per op
 _OPS: dict[str, tuple[str, ...]] = {}
 
 
 class Backend(NamedTuple):
-    """What `impl="auto"` takes for one op on this machine, and why."""
+    """What `impl="auto"` takes for one op on this machine, and why.
+
+    impl: NONE where KDCMAE_IMPL asks for one that cannot run; the op raises ValueError then.
+    """
 
     impl: str
     reason: str
@@ -97,7 +101,13 @@ def backends(device: str | None = None) -> dict[str, Backend]:
     device: "cpu" or "cuda"; by default "cuda" where there is one.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = {op: _automatic(op, device, _wanted()) for op in _OPS}
+    wanted = _wanted()
+    chosen = {}
+    for op in _OPS:
+        try:
+            chosen[op] = _automatic(op, device, wanted)
+        except ValueError as error:
+            chosen[op] = Backend(NONE, str(error))
     chosen |= {op: report(device) for op, report in _REPORTS.items()}
     return dict(sorted(chosen.items()))
 

@@ -44,6 +44,19 @@ def test_environment_variable_is_ignored_by_ops_without_that_implementation(monk
     assert kernels.backends("cpu")["gather_tokens"].impl != "cuda"
 
 
+def test_what_the_environment_variable_makes_impossible_is_a_line_of_the_table(monkeypatch):
+    monkeypatch.setenv("KDCMAE_IMPL", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    chosen = kernels.backends("cpu")
+    assert chosen["gather_tokens"].impl == "none"
+    assert chosen["gather_tokens"].reason.startswith(
+        "KDCMAE_IMPL=triton, but gather_tokens cannot use it here: "
+    )
+    assert chosen["mlp"].impl == "torch"  # it has no Triton implementation, and does not ask for it
+    with pytest.raises(ValueError, match="KDCMAE_IMPL=triton, but gather_tokens cannot"):
+        dispatch.resolve("gather_tokens", "auto", "cpu")
+
+
 def test_unknown_environment_value_is_an_error(monkeypatch):
     monkeypatch.setenv("KDCMAE_IMPL", "fast")
     with pytest.raises(ValueError, match="KDCMAE_IMPL=fast is not one of"):
