@@ -112,6 +112,18 @@ def settings_of(config: AnyRunConfig) -> Settings:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def with_defaults(
+    kind: type[RunConfig] | type[FinetuneRunConfig], settings: Settings, origin: str
+) -> Settings:
+    """`settings_of` an older run, with what its recipe would give settings that came since.
+
+    kind: of run. origin: where `settings` came from, for errors. Settings that are no longer there
+    stay. Raises ValueError for a system or preset that is not known.
+    """
+    below = _defaults(settings, dict.fromkeys(_dotted_keys(settings), origin), kind)
+    return merge(merge(settings_of(kind()), below, exclusive=False), settings, exclusive=False)
+
+
 def read_yaml(path: str | Path) -> Settings:
     """A YAML file's mapping; ValueError with file and line if it is not one."""
     try:

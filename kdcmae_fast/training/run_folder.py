@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kdcmae_fast.config_file import AnyRunConfig, Settings, settings_of
+from kdcmae_fast.config_file import AnyRunConfig, Settings, settings_of, with_defaults
 from kdcmae_fast.training.checkpoint import Progress, complete_checkpoints
 from kdcmae_fast.training.provenance import git_commit, versions
 from kdcmae_fast.training.schedule import RunLength
@@ -65,11 +65,15 @@ def find_checkpoint(output: Path, *, resume: bool) -> Path | None:
 
 
 def check_same_run(output: Path, config: AnyRunConfig) -> None:
-    """ValueError naming the settings that differ from the run in `output` and may not."""
+    """ValueError naming the settings that differ from the run in `output` and may not.
+
+    A setting that did not exist when the run started had what is its default now.
+    """
     saved = saved_settings(output)
     if saved is None:
         return
-    old, new = dict(_flat(saved["config"])), dict(_flat(settings_of(config)))
+    before = with_defaults(type(config), saved["config"], str(output / "config.json"))
+    old, new = dict(_flat(before)), dict(_flat(settings_of(config)))
     differing = [
         f"{key} was {old.get(key)}, now {new.get(key)}"
         for key in sorted({*old, *new} - set(FREE))

@@ -1,5 +1,6 @@
 """The command line on one process: what it writes, what it repeats, what it refuses."""
 
+import functools
 import json
 import shutil
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdcmae_fast.config import OptimConfig
-from kdcmae_fast.config_file import load_config
+from kdcmae_fast.config import OptimConfig, RunConfig
+from kdcmae_fast.config_file import load_config, load_settings, settings_of
+from kdcmae_fast.finetune_config import FinetuneRunConfig
 from kdcmae_fast.models import from_pretrained
 from kdcmae_fast.training import run_folder
 from kdcmae_fast.training.checkpoint import read_progress
@@ -127,6 +129,36 @@ def test_a_run_is_neither_overwritten_nor_bent(reference):
         run_folder.check_layout(progress, RunLength(8, 8, 1, 8), zero_stage=3)
     with pytest.raises(ValueError, match="has done 6 steps, more than the 4 asked for"):
         run_folder.check_layout(progress, RunLength(4, 8, 1, 8), zero_stage=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "gone", "changed"),
+    [
+        (RunConfig, "kdc_mae", ["model.norm_pix_loss", "data.events"], "data.events=true"),
+        # Groups, and what the system rather than the field says: two views, 416 rows.
+        (RunConfig, "kdc_mae", ["model.distill", "model.num_views"], "model.num_views=3"),
+        (RunConfig, "cav_mae_sync", ["model.audio_length"], "model.audio_length=1024"),
+        (FinetuneRunConfig, "cav_mae_classifier", ["finetune.layer_decay", "train.average"],
+         "finetune.layer_decay=0.5"),
+    ],
+)  # fmt: skip
+def test_a_run_older_than_a_setting_goes_on(tmp_path, kind, name, gone, changed):
+    recipe = {"name": name, "preset": "tiny", "train": {"steps": 4}}
+    saved = settings_of(load_settings(kind, recipe))
+    for key in gone:
+        *groups, last = key.split(".")
+        del functools.reduce(dict.__getitem__, groups, saved)[last]
+    record = {"config": saved, "deepspeed": {}}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    run_folder.check_same_run(tmp_path, load_settings(kind, recipe))
+    run_folder.check_same_run(tmp_path, load_settings(kind, saved))  # as --resume alone reads it
+    key, _, value = changed.partition("=")
+    with pytest.raises(ValueError, match=rf"settings, but {key} was \S+, now {value.title()};"):
+        run_folder.check_same_run(tmp_path, load_settings(kind, recipe, [changed]))
+    saved["model"]["gone_since"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"but model.gone_since was 3, now None;"):
+        run_folder.check_same_run(tmp_path, load_settings(kind, recipe))
 
 
 @pytest.mark.parametrize(("text", "problem"), [("{", "is not JSON"), ("{}", "is not a run's")])
