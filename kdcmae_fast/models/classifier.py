@@ -81,9 +81,14 @@ class CavMaeClassifier(PretrainedModel):
         missing = [{"audio": "fbank", "video": "frames"}[m] for m in reads if given[m] is None]
         if missing:
             raise ValueError(f"mode={mode!r} needs {' and '.join(missing)}, got None")
+        clips = [pixels.shape[0] for m in reads if (pixels := given[m]) is not None]
+        if clips[0] != clips[-1]:
+            raise ValueError(f"frames has {clips[-1]} clips, fbank has {clips[0]}")
         count = 0  # frames of each clip, 0 where there is no such axis
         if frames is not None and frames.ndim == 5 and "video" in reads:
             count = frames.shape[1]
+            if count == 0:
+                raise ValueError("frames has 0 frames of each clip; give at least 1")
             given["video"] = frames.flatten(0, 1)
         tokens = [getattr(self.encoder, m)(given[m]) for m in reads]
         if count and "audio" in reads:

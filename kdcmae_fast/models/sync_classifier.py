@@ -95,6 +95,8 @@ class CavMaeSyncClassifier(PretrainedModel):
             )
         if pixels.ndim != ndim:
             raise ValueError(f"{name} must be {shape}, got {tuple(pixels.shape)}")
+        if pixels.shape[1] == 0:
+            raise ValueError(f"{name} has 0 frames of each clip; give at least 1")
         return pixels
 
     def _vector(self, tokens: Tensor) -> Tensor:

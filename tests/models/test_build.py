@@ -130,6 +130,19 @@ def test_classifier_modes_read_only_what_they_need(small, batch):
         model(fbank, frames, mode="both")
 
 
+def test_classifier_takes_no_clips_and_refuses_no_frames(small, batch):
+    model = small("cav_mae_classifier", num_classes=7)
+    clips = len(batch.fbank)
+    logits = model(batch.fbank[:0], batch.frames[:0])
+    assert logits.shape == (0, 7)
+    logits.sum().backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+    with pytest.raises(ValueError, match="frames has 0 frames of each clip"):
+        model(batch.fbank, batch.frames[:, None][:, :0])
+    with pytest.raises(ValueError, match=f"frames has {clips - 1} clips, fbank has {clips}"):
+        model(batch.fbank, batch.frames[1:])
+
+
 def test_classifier_trains_its_positions(small, batch):
     model = small("cav_mae_classifier", num_classes=3)
     for mode in ("multimodal", "audio", "video"):

@@ -55,6 +55,9 @@ def test_errors(small, classifier, clips):
         model(fbank[0], frames)
     with pytest.raises(ValueError, match="differ in clips and frames per clip"):
         model(fbank[:, :1], frames)
+    with pytest.raises(ValueError, match="fbank has 0 frames of each clip"):
+        model(fbank[:, :0], frames[:, :0])
+    assert model(fbank[:0], frames[:0]).shape == (0, 7)
     with pytest.raises(ValueError, match="num_classes is missing"):
         small(NAME)
     with pytest.raises(ValueError, match="classifier_heads=5: expected a divisor of the width 48"):
