@@ -62,7 +62,31 @@ class Entry(NamedTuple):
         return np.arange(num_frames) * (duration / num_frames)
 
 
-class ManifestClips:
+class ListedClips:
+    """What the datasets of a list have in common: clips by number, their names and labels.
+
+    path: of the list; `<name>_weight.csv` beside it is a sampling weight per clip.
+    """
+
+    def __init__(self, path: str, entries: list[Entry], options: MediaOptions, seed: int) -> None:
+        self.options = options
+        self.seed = seed
+        self.weight_file = Path(path).with_name(f"{Path(path).stem}_weight.csv")
+        self.entries = entries
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def video_id(self, index: int) -> str:
+        """The clip's name in the list."""
+        return self.entries[index].video_id
+
+    def label_sets(self) -> Iterator[tuple[int, ...]]:
+        """The class numbers of every clip; () where labels were not read."""
+        return (entry.classes for entry in self.entries)
+
+
+class ManifestClips(ListedClips):
     """Clips of a JSON list; each epoch takes another of a clip's frames.
 
     Its frames are those of its `frame_times`, or else data.num_frames, evenly over the sound.
@@ -72,18 +96,8 @@ class ManifestClips:
     """
 
     def __init__(self, path: str, label_csv: str, options: MediaOptions, *, seed: int) -> None:
-        self.options = options
-        self.seed = seed
-        self.weight_file = Path(path).with_name(f"{Path(path).stem}_weight.csv")
         classes = read_label_csv(label_csv) if label_csv else None
-        self.entries = read_manifest(path, classes)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def video_id(self, index: int) -> str:
-        """The clip's name in the list."""
-        return self.entries[index].video_id
+        super().__init__(path, read_manifest(path, classes), options, seed)
 
     def read(self, index: int, epoch: int) -> Clip:
         """Clip `index` as `epoch` sees it."""
@@ -152,10 +166,6 @@ class ManifestClips:
     @staticmethod
     def _frame_path(entry: Entry, k: int) -> str:
         return f"{entry.video_path}/frame_{k}/{entry.video_id}.jpg"
-
-    def label_sets(self) -> Iterator[tuple[int, ...]]:
-        """The class numbers of every clip; () where labels were not read."""
-        return (entry.classes for entry in self.entries)
 
 
 def read_label_csv(path: str) -> dict[str, int]:

@@ -1,13 +1,13 @@
 """Sound files without pictures as a dataset, for models of sound alone and for probes of sound."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from kdcmae_fast.data.clip import FRAME_STREAM, Clip, ClipError, ClipFrames, keyed_rng
-from kdcmae_fast.data.manifest import Entry, read_label_csv, read_manifest
+from kdcmae_fast.data.manifest import Entry, ListedClips, read_label_csv, read_manifest
 from kdcmae_fast.data.media import MediaError, MediaOptions, read_sound
 
 KINDS = "aif aiff flac mp3 ogg opus wav"  # known file extensions
@@ -15,36 +15,27 @@ EXTENSIONS = frozenset(f".{kind}" for kind in KINDS.split())
 MIN_SECONDS = 0.1  # a spoken word may be short; a video's sound is not (`media.MIN_SECONDS`)
 
 
-class SoundClips:
+class SoundClips(ListedClips):
     """Sounds of a JSON list or of a folder; a sound longer than a clip: each epoch another window.
 
     path: a list as `kdcmae datasets` writes it for sounds, {"data": [{"video_id", "wav", "labels"},
         ...]}, or a folder, whose sound files (subfolders included) are the clips, in the order of
         their paths and without labels. label_csv: as for `ManifestClips`.
-    A clip's frame is an empty picture, (3, 0, 0).
+    A clip of a folder is named by its path in it. Its frame is an empty picture, (3, 0, 0).
     """
 
     def __init__(self, path: str, label_csv: str, options: MediaOptions, *, seed: int) -> None:
-        self.options = replace(options, min_seconds=MIN_SECONDS)
-        self.seed = seed
-        self.weight_file = Path(path).with_name(f"{Path(path).stem}_weight.csv")
         if Path(path).is_dir():
             if label_csv:
                 raise ValueError(
                     f"data.label_csv={label_csv}: data.path={path!r} is a folder, and its sounds "
                     "have no labels; give a JSON list as data.path"
                 )
-            self.entries = _folder_entries(Path(path))
+            entries = _folder_entries(Path(path))
         else:
             classes = read_label_csv(label_csv) if label_csv else None
-            self.entries = read_manifest(path, classes, pictures=False)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def video_id(self, index: int) -> str:
-        """The clip's name in the list, or its path relative to the folder."""
-        return self.entries[index].video_id
+            entries = read_manifest(path, classes, pictures=False)
+        super().__init__(path, entries, replace(options, min_seconds=MIN_SECONDS), seed)
 
     def read(self, index: int, epoch: int) -> Clip:
         """Clip `index` as `epoch` sees it."""
@@ -69,10 +60,6 @@ class SoundClips:
         raise ValueError(
             f"data.source=sounds: {self.video_id(index)} has no pictures, and this needs them"
         )
-
-    def label_sets(self) -> Iterator[tuple[int, ...]]:
-        """The class numbers of every clip; () where labels were not read."""
-        return (entry.classes for entry in self.entries)
 
 
 def _folder_entries(root: Path) -> list[Entry]:

@@ -13,8 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 8  # clips a step, over all processes
 
-RECIPE = """
-name: kdc_mae
+MODEL = """
 preset: tiny
 model:
   audio_length: 64
@@ -26,9 +25,14 @@ model:
   decoder_embed_dim: 32
   decoder_depth: 1
   decoder_num_heads: 4
-data: {num_clips: 64, num_workers: 0}
-optim: {lr: 1e-3}
-train: {steps: 6, log_every: 1, checkpoint_every: 0}
+"""
+
+RECIPE = f"""
+name: kdc_mae
+{MODEL}
+data: {{num_clips: 64, num_workers: 0}}
+optim: {{lr: 1e-3}}
+train: {{steps: 6, log_every: 1, checkpoint_every: 0}}
 """
 
 
@@ -116,6 +120,12 @@ def read_losses(output: Path) -> dict[int, dict[str, float]]:
     assert [r["step"] for r in records] == sorted({r["step"] for r in records})
     names = ("total", "mae_audio", "mae_video", "contrastive", "kd")
     return {r["step"]: {name: r[name] for name in names} for r in records}
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> str:
+    """The part of a recipe that says which model."""
+    return MODEL
 
 
 @pytest.fixture(scope="session")

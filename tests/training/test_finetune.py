@@ -19,17 +19,6 @@ from kdcmae_fast.models import build_model, from_pretrained
 CLIPS = 13  # evaluated, in batches of 2: with two ranks the last round leaves one without a batch
 
 RECIPE = f"""
-preset: tiny
-model:
-  audio_length: 64
-  num_mel_bins: 64
-  img_size: 32
-  embed_dim: 48
-  modality_depth: 1
-  num_heads: 4
-  decoder_embed_dim: 32
-  decoder_depth: 1
-  decoder_num_heads: 4
 finetune: {{head_lr: 10, layer_decay: 0.7, label_smoothing: 0.1}}
 data:
   num_clips: 24
@@ -49,9 +38,9 @@ FIGURES = ("top1", "top5", "mean_class_accuracy", "confusion", "class_accuracy",
 
 
 @pytest.fixture(scope="session")
-def recipe(tmp_path_factory):
+def recipe(tiny_model, tmp_path_factory):
     path = tmp_path_factory.mktemp("recipe") / "finetune.yaml"
-    path.write_text(RECIPE)
+    path.write_text(tiny_model + RECIPE)
     return path
 
 
