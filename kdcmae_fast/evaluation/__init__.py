@@ -1,5 +1,6 @@
 """What a trained model is worth: features, retrieval, reconstruction pictures, loss curves."""
 
+from kdcmae_fast.evaluation.attribution import attribution_maps
 from kdcmae_fast.evaluation.classification import ClassifySource, classify
 from kdcmae_fast.evaluation.export import export_features
 from kdcmae_fast.evaluation.feature_files import load_features, save_features
@@ -12,7 +13,7 @@ from kdcmae_fast.evaluation.folds import Fold
 from kdcmae_fast.evaluation.hiding import Hiding, hide_patches
 from kdcmae_fast.evaluation.inpainting import inpaint
 from kdcmae_fast.evaluation.localization import localize
-from kdcmae_fast.evaluation.localization_maps import attribution_maps, similarity_maps
+from kdcmae_fast.evaluation.localization_maps import similarity_maps
 from kdcmae_fast.evaluation.localization_scores import ciou_auc
 from kdcmae_fast.evaluation.localization_settings import LocalizationSettings
 from kdcmae_fast.evaluation.offset import OffsetScore, best_offset, best_offsets

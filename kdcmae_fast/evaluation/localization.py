@@ -11,6 +11,7 @@ from torch import Tensor
 from kdcmae_fast.data import ClipDataset, SyntheticClips
 from kdcmae_fast.data.clip import ClipFrames
 from kdcmae_fast.data.media import MediaOptions
+from kdcmae_fast.evaluation.attribution import References, attribution_maps
 from kdcmae_fast.evaluation.localization_clips import (
     Located,
     located_batches,
@@ -23,8 +24,6 @@ from kdcmae_fast.evaluation.localization_controls import (
     shape_controls,
 )
 from kdcmae_fast.evaluation.localization_maps import (
-    References,
-    attribution_maps,
     colour_maps,
     cosine_maps,
     fuse,

@@ -13,7 +13,8 @@ from kdcmae_fast.config import DataConfig
 from kdcmae_fast.data import BadClip, ClipDataset, ClipError, FrontEnd
 from kdcmae_fast.data.clip import FRAME_LENGTH, FRAME_SHIFT, ClipFrames
 from kdcmae_fast.data.segments import take_segments, timed_segment_starts
-from kdcmae_fast.evaluation.localization_maps import References, normalized
+from kdcmae_fast.evaluation.attribution import References
+from kdcmae_fast.evaluation.localization_maps import normalized
 from kdcmae_fast.evaluation.processes import SharedBadClips
 from kdcmae_fast.models.cav_mae_sync import CavMaeSync
 

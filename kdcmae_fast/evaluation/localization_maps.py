@@ -1,16 +1,11 @@
-"""Where in a frame its sound is: maps of a model, and how maps are scaled and fused.
+"""Where in a frame its sound is: maps in one pass, and how maps are scaled and fused.
 
-B frames, H W pixels, L = h w patches, D width, K references. Two maps:
-
-* cosine: of the sound's vector with each video token (CAV-MAE's own way of showing it). A model
-  whose contrastive loss compares the means over tokens is not made for it: nothing says which token
-  carries what.
-* attribution: how much of the similarity of frame and sound, as the model was trained to compute
-  it, each pixel is responsible for: expected gradients (Erion et al., arXiv 1906.10670), integrated
-  gradients (arXiv 1703.01365) averaged over the ways from other clips' frames to this one.
+B frames, H W pixels, L = h w patches, D width. The cosine of the sound's vector with each video
+token is CAV-MAE's own way of showing it. A model whose contrastive loss compares the means over
+tokens is not made for it: nothing says which token carries what; see attribution.py.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,26 +17,11 @@ if TYPE_CHECKING:
     from kdcmae_fast.batch import Batch
     from kdcmae_fast.models.cav_mae import CavMae
 
-SMOOTHING = 0.5  # standard deviation of the blur of an attribution, in patches
-_GOLDEN = 0.618033988749895  # its multiples, less their whole part, fill 0..1 evenly
-
 FUSIONS: dict[str, tuple[float, ...]] = {
     "ezvsl": (0.4, 0.6),
     "avl-flickr": (1 / 3, 1 / 3, 1 / 3),
     "avl-vggss": (1.0, 0.4),
 }
-
-
-class References(NamedTuple):
-    """Other clips' frames, that an attribution starts from.
-
-    frames: (K, 3, H, W) normalised. sounds: (K, D) vectors of the same clips. indices: (K,) int64,
-    their numbers in the dataset: a clip is never its own reference.
-    """
-
-    frames: Tensor
-    sounds: Tensor
-    indices: Tensor
 
 
 def similarity_maps(model: "CavMae", batch: "Batch") -> Tensor:
@@ -58,47 +38,8 @@ def similarity_maps(model: "CavMae", batch: "Batch") -> Tensor:
 
 def cosine_maps(sounds: Tensor, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
     """(B, D), (B, L, D) -> (B, *grid)."""
-    cosine = torch.einsum("bd,bld->bl", _unit(sounds), _unit(tokens))
+    cosine = torch.einsum("bd,bld->bl", unit(sounds), unit(tokens))
     return cosine.unflatten(1, grid)
-
-
-def attribution_maps(
-    model: "CavMae",
-    frames: Tensor,
-    sounds: Tensor,
-    references: References,
-    *,
-    indices: Tensor | None = None,
-) -> Tensor:
-    """What each pixel adds to the similarity of a frame with sounds, (S, B, H, W).
-
-    Mean over the references r of (frame - r) times the gradient of cos(video, sound) at a point
-    between r and the frame, summed over the colours and blurred by half a patch. Before the blur, a
-    map's pixels add up to about the similarity less that of the references.
-
-    frames: (B, 3, H, W), normalised or uint8. sounds: (S, B, D), S sounds to explain each frame by;
-    they share the forward passes. indices: (B,) numbers of the clips, to leave out a clip's own
-    frame among the references (None: keep all).
-    """
-    frames = normalized(model, frames)
-    sounds = _unit(sounds)
-    total = frames.new_zeros(len(sounds), *frames[:, 0].shape)
-    count = frames.new_zeros(len(frames))
-    for k, reference in enumerate(references.frames):
-        share = (k + 0.5) * _GOLDEN % 1.0
-        way = frames - reference
-        point = (reference + share * way).requires_grad_()
-        with torch.enable_grad():
-            video = model.encode(frames=point).video
-            assert video is not None  # frames were given
-            scores = [(_unit(video) * sound).sum() for sound in sounds]
-            gradients = [torch.autograd.grad(s, point, retain_graph=True)[0] for s in scores]
-        used = torch.ones_like(count)
-        if indices is not None:
-            used = (indices.to(count.device) != references.indices[k].to(count.device)).to(count)
-        total += used[:, None, None] * (torch.stack(gradients) * way).sum(2)
-        count += used
-    return blur(total / count.clamp(min=1)[:, None, None], SMOOTHING * model.config.patch_size)
 
 
 def normalized(model: "CavMae", frames: Tensor) -> Tensor:
@@ -179,10 +120,11 @@ def blur(maps: Tensor, deviation: float) -> Tensor:
     kernel = torch.exp(-(places**2) / (2 * deviation**2))
     kernel = kernel / kernel.sum()
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
-    flat = F.pad(flat, (reach,) * 4, mode="replicate")
-    flat = F.conv2d(F.conv2d(flat, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
+    flat = F.conv2d(F.pad(flat, (reach, reach, 0, 0), mode="replicate"), kernel.view(1, 1, 1, -1))
+    flat = F.conv2d(F.pad(flat, (0, 0, reach, reach), mode="replicate"), kernel.view(1, 1, -1, 1))
     return flat.reshape(maps.shape)
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
+    """(.., D) in fp32, scaled to length 1."""
     return F.normalize(x.float(), dim=-1)

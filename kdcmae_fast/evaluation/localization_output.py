@@ -12,11 +12,10 @@ from torch import Tensor
 
 from kdcmae_fast.data import ClipDataset, ClipError, SyntheticClips
 from kdcmae_fast.data.clip import ClipFrames
+from kdcmae_fast.evaluation.attribution import References, attribution_maps
 from kdcmae_fast.evaluation.localization_clips import Located, sound_vectors
 from kdcmae_fast.evaluation.localization_controls import WRONG_SOUND
 from kdcmae_fast.evaluation.localization_maps import (
-    References,
-    attribution_maps,
     cosine_maps,
     min_max,
     upsample,

@@ -15,8 +15,8 @@ class LocalizationSettings:
     """What `localize` draws and scores.
 
     map: "attribution" (the cosine is scored too) or "cosine" alone, which is quick; pictures show
-        it and fusion starts from it. references: other clips' frames that an attribution starts
-        from, at least 2.
+        it and fusion starts from it. references: other clips' frames, and as many blurred copies
+        of its own, that an attribution starts from, at least 2.
     annotations: vggss.json or a folder of Flickr-SoundNet XML files (None: the boxes of the
         synthetic clips). ids: CSV whose first column names the clips to keep. frames, sounds:
         folders with <id>.jpg and <id>.wav of the annotated clips (None: the clips of data.*, whose

@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from kdcmae_fast.batch import Batch
-from kdcmae_fast.evaluation import attribution_maps, localization_maps, similarity_maps
+from kdcmae_fast.evaluation import attribution_maps, similarity_maps
+from kdcmae_fast.evaluation.attribution import BLURS, References, path_attribution
 from kdcmae_fast.evaluation.localization_maps import (
-    References,
     blur,
     colour_maps,
     fuse,
@@ -54,16 +54,43 @@ def similarity(model, frames, sound):
         return F.cosine_similarity(model.encode(frames=frames).video, sound, dim=-1)
 
 
-def test_attribution_adds_up_to_the_similarity(model, batch, references, monkeypatch):
-    monkeypatch.setattr(localization_maps, "SMOOTHING", 0.01)  # no blur
+def test_attribution_adds_up_to_the_similarity(model, batch, references):
     sound = references.sounds[:1].expand(3, -1)
-    one = References(references.frames[:1].expand(40, -1, -1, -1), references.sounds[:1],
-                     torch.full((40,), -1))  # fmt: skip
-    maps = attribution_maps(model, batch.frames, sound[None], one)
     frames = normalized(model, batch.frames)
+    starts = [(references.frames[0], torch.ones(3))] * 40
+    maps = path_attribution(model, frames, sound[None], starts)
     gained = similarity(model, frames, sound) - similarity(model, references.frames[:1], sound)
     assert maps.shape == (1, 3, 32, 32)
     assert torch.allclose(maps[0].sum((1, 2)), gained, atol=0.02 * gained.abs().max().item())
+
+
+def test_attribution_is_the_sum_of_both_kinds_of_paths(model, batch, references):
+    """One clip, one sound, everything written out."""
+    sound, patch = references.sounds[1], model.config.patch_size
+    frame = normalized(model, batch.frames[:1])
+
+    def mean_over_paths(starts):
+        total = torch.zeros(32, 32)
+        for k, start in enumerate(starts):
+            share = ((k + 0.5) * (5**0.5 - 1) / 2) % 1
+            point = (start + share * (frame - start)).requires_grad_()
+            score = F.cosine_similarity(model.encode(frames=point).video, sound, dim=-1).sum()
+            total += (torch.autograd.grad(score, point)[0] * (frame - start))[0].sum(0)
+        return total / len(starts)
+
+    blurred = [blur(frame, share * 32) for share in BLURS[:3]]
+    kinds = [mean_over_paths(references.frames[:, None]), mean_over_paths(blurred)]
+    evidence = sum(m / m.square().mean().sqrt() for m in kinds)
+    evidence = torch.where(blur(evidence, patch / 4) > 0, blur(evidence, patch / 4), 0.0)
+    maps = attribution_maps(model, batch.frames[:1], sound.expand(1, 1, -1), references)
+    assert torch.allclose(maps[0, 0], blur(evidence, 0.75 * patch), rtol=1e-4, atol=1e-5)
+    assert (maps >= 0).all() and maps.max() > 0
+
+
+def test_attribution_of_an_even_picture_is_finite(model, references):
+    frames = torch.full((1, 3, 32, 32), 90, dtype=torch.uint8)  # blurring changes nothing
+    maps = attribution_maps(model, frames, references.sounds[None, :1], references)
+    assert maps.isfinite().all() and maps.max() > 0
 
 
 def test_attribution_of_each_clip_is_its_own(model, batch, references):

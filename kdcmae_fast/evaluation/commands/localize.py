@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--map",
         choices=("attribution", "cosine"),
         default="attribution",
-        help="what each pixel adds to the similarity of frame and sound (the other is scored, "
+        help="evidence in each pixel that frame and sound belong together (the other is scored, "
         "too), or only the sound's cosine with each token, which is quick",
     )
     parser.add_argument(
@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=64,
         metavar="N",
-        help="other clips' frames that an attribution starts from; more are slower and smoother",
+        help="other clips' frames, and blurred copies of the frame, that an attribution starts "
+        "from; more are slower and smoother",
     )
     _add_annotations(parser)
     fusion = parser.add_argument_group("fusion with maps that hear nothing")
