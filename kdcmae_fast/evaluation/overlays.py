@@ -1,14 +1,13 @@
 """Heat maps over frames, as pictures and as videos with the clip's sound."""
 
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcmae_fast.data.clip import SAMPLE_RATE
+from kdcmae_fast.evaluation.video_file import write_video
 from kdcmae_fast.figure import INK, MUTED, new_figure, picture_axes, save_figure
 
 Picture = NDArray[np.uint8]
@@ -18,9 +17,6 @@ COLOURS = "turbo"
 STRENGTH = 0.55  # of the heat over the frame
 BOX = (255, 255, 255)
 VIDEO_SIZE = 256  # pixels a side of each half of a video
-TICKS = 90_000  # of a video's clock in a second
-CODECS = ("libx264", "h264", "mpeg4")
-AUDIO_BLOCK = 1024  # samples of an AAC frame
 
 
 class Panel(NamedTuple):
@@ -94,53 +90,10 @@ def write_overlay_video(
     """An MP4: the frame left, the heat over it right, each frame at its time, with the sound.
 
     frames: (T, S, S, 3). heats: (T, S, S) in 0..1. boxes: those of each frame, in pixels of S.
-    times: (T,) seconds from the sound's start. waveform: (N,) at 16 kHz. H.264 where PyAV has an
-    encoder of it, else MPEG-4; AAC. Returns the path.
+    times: (T,) seconds from the sound's start. waveform: (N,) at 16 kHz. Returns the path.
     """
-    import av
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        video, audio = _add_streams(container, _rate(times))
-        for shown, heat, box, time in zip(frames, heats, boxes, times, strict=True):
-            picture = _side_by_side(shown, heat, box)
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = round(float(time) * TICKS), Fraction(1, TICKS)
-            container.mux(video.encode(frame))
-        container.mux(video.encode(None))
-        for frame in _sound_frames(waveform):
-            container.mux(audio.encode(frame))
-        container.mux(audio.encode(None))
-    return path
-
-
-def _add_streams(container: Any, rate: Fraction) -> tuple[Any, Any]:
-    import av
-
-    codec = next((name for name in CODECS if name in av.codecs_available), None)
-    if codec is None:
-        raise ValueError(f"PyAV {av.__version__} here can write none of {', '.join(CODECS)}")
-    video = container.add_stream(codec, rate=rate)
-    video.width, video.height, video.pix_fmt = 2 * VIDEO_SIZE, VIDEO_SIZE, "yuv420p"
-    video.codec_context.time_base = Fraction(1, TICKS)
-    video.options = {"crf": "20", "preset": "veryfast"} if codec == "libx264" else {}
-    if codec == "mpeg4":  # its clock has 16 bits
-        video.codec_context.time_base = 1 / rate
-    audio = container.add_stream("aac", rate=SAMPLE_RATE)
-    audio.layout = "mono"
-    return video, audio
-
-
-def _sound_frames(waveform: NDArray[np.float32]) -> Any:
-    import av
-
-    for first in range(0, len(waveform), AUDIO_BLOCK):
-        block = np.ascontiguousarray(waveform[None, first : first + AUDIO_BLOCK])
-        frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
-        frame.sample_rate, frame.pts = SAMPLE_RATE, first
-        frame.time_base = Fraction(1, SAMPLE_RATE)
-        yield frame
+    pictures = (_side_by_side(*shown) for shown in zip(frames, heats, boxes, strict=True))
+    return write_video(path, pictures, times, waveform)
 
 
 def _side_by_side(frame: Picture, heat: NDArray[np.floating], boxes: Boxes) -> Picture:
@@ -154,11 +107,3 @@ def _resized(picture: Picture) -> Picture:
 
     size = (VIDEO_SIZE, VIDEO_SIZE)
     return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR))
-
-
-def _rate(times: NDArray[np.float64]) -> Fraction:
-    """Frames in a second, for the container's header; the time stamps say when each is shown."""
-    if len(times) < 2:
-        return Fraction(1)
-    step = float(np.median(np.diff(times)))
-    return Fraction(1 / max(step, 1 / 60)).limit_denominator(1000)
