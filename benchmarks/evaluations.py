@@ -4,6 +4,7 @@
 
 Each RUN is a folder that `kdcmae pretrain` wrote on synthetic clips (`make demo`). The evaluations
 are written inside it, as a person would have the commands do it; FILE gets their headline figures.
+`kdcmae score` takes video files: the first held-out clips are written as such to --videos.
 """
 
 import argparse
@@ -14,7 +15,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from kdcmae_fast.data import SyntheticClips
+from kdcmae_fast.evaluation.source import EvaluationSource, open_source
+from kdcmae_fast.evaluation.video_file import write_video
 from kdcmae_fast.training.provenance import git_commit, versions
+
+VIDEOS = "heldout-videos/*.mp4"  # stands for the files that are written of held-out clips
 
 # folder inside RUN -> command and options
 EVALUATIONS = {
@@ -22,7 +30,11 @@ EVALUATIONS = {
     "probe": ("probe", "--num-clips", "1000", "--test-clips", "500"),
     "inpainting": ("inpaint", "--num-clips", "200"),
     "localization": ("localize", "--video", "1"),
+    "score": ("score", VIDEOS, "--against", VIDEOS),
 }
+NUM_VIDEOS = 200
+FRAMES_PER_SECOND = 25
+MOST_WORDS = 20  # of a command that is shown
 
 
 def main() -> None:
@@ -31,9 +43,16 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page")
     parser.add_argument("--results", type=Path, help="write the headline figures there")
+    parser.add_argument(
+        "--videos",
+        type=Path,
+        default=Path("runs/heldout-videos"),
+        help="write the held-out clips there that `kdcmae score` is tried on",
+    )
     options = parser.parse_args()
 
-    found = {run.name: evaluate(run) for run in options.runs}
+    videos = write_videos(options.runs[0], options.videos)
+    found = {run.name: evaluate(run, videos) for run in options.runs}
     kdcmae("report", *options.runs, "--output", options.output)
     if options.results:
         record = {
@@ -41,15 +60,38 @@ def main() -> None:
             "date": datetime.date.today().isoformat(),
             "commit": git_commit(),
             "versions": versions(),
+            "videos": f"the first {NUM_VIDEOS} held-out clips, {FRAMES_PER_SECOND} frames a second",
             "evaluations": {name: " ".join(words) for name, words in EVALUATIONS.items()},
             "runs": found,
         }
         options.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def evaluate(run: Path) -> dict[str, Any]:
+def write_videos(run: Path, folder: Path) -> list[Path]:
+    """Held-out clips of a run's settings as files with picture and sound, the same every time."""
+    opened = open_source(EvaluationSource(checkpoint=str(run), split="heldout", device="cpu"))
+    clips = opened.dataset
+    if not isinstance(clips, SyntheticClips):
+        raise SystemExit(
+            f"error: {run} was trained on {opened.data.source}, not on synthetic clips"
+        )
+    times = np.arange(round(clips.clip_seconds * FRAMES_PER_SECOND)) / FRAMES_PER_SECOND
+    print(f"writing {NUM_VIDEOS} held-out clips to {folder}", flush=True)
+    return [
+        write_video(
+            folder / f"{clips.video_id(index)}.mp4",
+            clips.frames(index, times.tolist()).permute(0, 2, 3, 1).numpy(),
+            times,
+            clips.waveform(index).numpy(),
+        )
+        for index in range(NUM_VIDEOS)
+    ]
+
+
+def evaluate(run: Path, videos: list[Path]) -> dict[str, Any]:
     """All evaluations of one run; its length and their headline figures."""
-    for folder, (command, *words) in EVALUATIONS.items():
+    for folder, (command, *given) in EVALUATIONS.items():
+        words = [word for name in given for word in (videos if name == VIDEOS else [name])]
         kdcmae(command, "--checkpoint", run, *words, "--output", run / folder)
     finetuned = run / "finetuned"
     if not (finetuned / "metrics.json").exists():
@@ -70,7 +112,8 @@ def read(folder: Path) -> dict[str, Any]:
 def kdcmae(*words: object) -> None:
     """One command, in a process of its own as a person would run it."""
     command = [sys.executable, "-m", "kdcmae_fast", *map(str, words)]
-    print("$ kdcmae", *words, flush=True)
+    shown = words if len(words) < MOST_WORDS else (*words[:MOST_WORDS], "...")
+    print("$ kdcmae", *shown, flush=True)
     subprocess.run(command, check=True)
 
 

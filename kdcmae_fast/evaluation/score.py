@@ -17,6 +17,7 @@ from kdcmae_fast.evaluation.clips import collate_frames, encode_frames, hears_fr
 from kdcmae_fast.evaluation.own_video import read_video_clip
 from kdcmae_fast.evaluation.ranking import Strategy, paired_frames
 from kdcmae_fast.evaluation.reading import with_bar
+from kdcmae_fast.evaluation.score_pairs import OwnPairs, find_own, pair_scores, used_own
 from kdcmae_fast.evaluation.score_pictures import draw_pairs, draw_score
 from kdcmae_fast.evaluation.scoring import score_clip
 from kdcmae_fast.evaluation.source import (
@@ -32,6 +33,7 @@ from kdcmae_fast.messages import require_folder
 from kdcmae_fast.models.cav_mae import CavMae
 
 DEFAULT_SECONDS = 10.24  # of a file, for CAV-MAE Sync; others take the sound they were made for
+SHOWN_FOLDERS = 3  # in metrics.json, of those that the files lie in
 
 
 class VideoFeatures(NamedTuple):
@@ -81,7 +83,9 @@ def score_videos(
 
     source: model, device, and the data settings for normalisation; its clips are not looked at.
     videos: each is scored for itself (`scoring.score_clip`). against: instead, the sound of every
-        one of `videos` is compared with the picture of every one of these, by `strategy`.
+        one of `videos` is compared with the picture of every one of these, by `strategy`. Where
+        it is known which picture is a sound's own (`score_pairs.find_own`), metrics say how often
+        it is the most similar one (`score_pairs.PairScores`).
     stretch: what is taken of each file (None: the defaults of `Stretch`).
     output: folder for pictures and metrics.json (None: writes nothing).
 
@@ -104,6 +108,8 @@ def score_videos(
     metrics = {
         "command": "score",
         **described,
+        "clips_of": f"videos in {_folders([row.file for row in found.values()])}",
+        "num_clips": len(found),
         "frames": {
             "num_frames": len(used[0].times),
             "start": stretch.start,
@@ -114,7 +120,9 @@ def score_videos(
     if against is None:
         metrics |= _score_each(used, output)
     else:
-        metrics |= _score_pairs(used, others, strategy, output)
+        flags = ([name in found for name in names] for names in (rows, columns))
+        own = used_own(find_own(rows, columns), *flags)
+        metrics |= _score_pairs(used, others, own, strategy, output)
     metrics |= listed_bad(bad)
     write_metrics(metrics, output)
     return metrics
@@ -178,6 +186,7 @@ def _score_each(rows: Sequence[VideoFeatures], output: str | Path | None) -> dic
 def _score_pairs(
     rows: Sequence[VideoFeatures],
     columns: Sequence[VideoFeatures],
+    own: OwnPairs,
     strategy: Strategy,
     output: str | Path | None,
 ) -> dict[str, Any]:
@@ -193,13 +202,22 @@ def _score_pairs(
             "strategy": strategy,
             "similarity": matrix.tolist(),
             "best": matrix.argmax(1).tolist(),
+            "own": own.columns,
         }
     }
+    if scores := pair_scores(matrix, own.columns):
+        metrics |= {"headline": scores.headline(), "own_is": own.by, **scores.named()}
     if output is not None:
         draw_pairs(Path(output) / "against.png", matrix, *names)
         title = "sound of each row with the picture of each column"
         metrics["pictures"] = [{"file": "against.png", "title": title}]
     return metrics
+
+
+def _folders(files: Sequence[str]) -> str:
+    folders = list(dict.fromkeys(os.path.dirname(name) or "." for name in files))
+    more = f" and {len(folders) - SHOWN_FOLDERS} more folders"
+    return ", ".join(folders[:SHOWN_FOLDERS]) + (more if len(folders) > SHOWN_FOLDERS else "")
 
 
 def picture_names(files: Sequence[str]) -> list[str]:

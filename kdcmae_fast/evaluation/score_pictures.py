@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 COLOURS = "viridis"
 MOST_LABEL = 28  # characters of a file's name on an axis
 MOST_VALUES = 12  # rows and columns up to which cells show their numbers
+MOST_INCHES = 11.0  # of the matrix a side; beyond that its cells get smaller
+MOST_NAMES = 50  # on an axis, evenly spread over more
 
 
 def draw_score(path: str | Path, title: str, score: ClipScore, times: Tensor) -> Path:
@@ -55,17 +57,23 @@ def draw_pairs(
     path: str | Path, matrix: Tensor, rows: Sequence[str], columns: Sequence[str]
 ) -> Path:
     """Similarities (R, C) of the sound of each row's clip with the picture of each column's."""
-    figure = new_figure(3.4 + 0.62 * len(columns), 2.1 + 0.45 * len(rows))
+    wide, high = min(0.62 * len(columns), MOST_INCHES), min(0.45 * len(rows), MOST_INCHES)
+    figure = new_figure(3.4 + wide, 2.1 + high)
     axes = figure.subplots()
     values = matrix.numpy()
     image = axes.imshow(values, cmap=COLOURS, aspect="auto", interpolation="nearest")
     columns, rows = ([_shortened(name) for name in names] for names in (columns, rows))
-    axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=8)
-    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    named = slice(None, None, -(-len(columns) // MOST_NAMES))
+    turn = 40 if len(columns) <= MOST_VALUES else 90
+    places, ends = range(len(columns))[named], "right" if turn == 40 else "center"
+    axes.set_xticks(places, columns[named], rotation=turn, ha=ends, fontsize=8)
+    named = slice(None, None, -(-len(rows) // MOST_NAMES))
+    axes.set_yticks(range(len(rows))[named], rows[named], fontsize=8)
     axes.set_xlabel("picture of", fontsize=9, color=INK)
     axes.set_ylabel("sound of", fontsize=9, color=INK)
     best = values.argmax(1)
-    axes.plot(best, range(len(rows)), "o", markersize=11, fillstyle="none", color=PALETTE[1])
+    size = min(11.0, 60 * min(wide / len(columns), high / len(rows)))  # points, within a cell
+    axes.plot(best, range(len(rows)), "o", markersize=size, fillstyle="none", color=PALETTE[1])
     figure.suptitle("circled: best of the row", fontsize=9, color=MUTED, x=0.02, ha="left")
     if max(values.shape) <= MOST_VALUES:
         middle = (values.min() + values.max()) / 2

@@ -61,7 +61,9 @@ def _add_streams(container: Any, rate: Fraction, height: int, width: int) -> tup
     video = container.add_stream(codec, rate=rate)
     video.width, video.height, video.pix_fmt = width, height, "yuv420p"
     video.codec_context.time_base = Fraction(1, TICKS)
-    video.options = {"crf": "20", "preset": "veryfast"} if codec == "libx264" else {}
+    if codec == "libx264":
+        # With its macroblock tree, small pictures are not coded the same every time.
+        video.options = {"crf": "20", "preset": "veryfast", "mbtree": "0"}
     if codec == "mpeg4":  # its clock has 16 bits
         video.codec_context.time_base = 1 / rate
     audio = container.add_stream("aac", rate=SAMPLE_RATE)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 from fractions import Fraction
 
 import numpy as np
@@ -139,7 +141,26 @@ def test_against_finds_each_file_s_own_sound(meter, files, tmp_path):
     assert matrix[0, 1] > 0.8 > matrix[0, 0] + 0.2
     alone = score_videos(meter, [other])["clips"][0]["similarity"]
     assert matrix[1, 0] == pytest.approx(alone, abs=1e-5)
+    assert pairs["own"] == [1, 0] and metrics["own_is"] == "the same file"
+    own, others = (matrix[0, 1] + matrix[1, 0]) / 2, (matrix[0, 0] + matrix[1, 1]) / 2
+    assert metrics["similarity_of_own_pairs"] == pytest.approx(own)
+    assert metrics["headline"]["similarity, own - other"] == pytest.approx(own - others)
+    assert metrics["headline"]["R@1 audio->video"] == metrics["headline"]["R@1 video->audio"] == 1
+    assert (metrics["num_clips"], metrics["headline"]["R@1 of chance"]) == (2, 0.5)
+    assert metrics["clips_of"] == f"videos in {os.path.dirname(files[0])}, {tmp_path}"
     assert (tmp_path / "against.png").stat().st_size > 3000
+
+
+def test_a_file_left_out_does_not_shift_whose_own_is_which(meter, files, tmp_path):
+    copies = [shutil.copy(files[lead], tmp_path / f"{lead}.mp4") for lead in (0, 1)]
+    other, again = (str(write_video(tmp_path / f"{n}.mp4", seed=5)) for n in ("other", "again"))
+    sounds = [files[0], str(tmp_path / "gone.mp4"), other, files[1]]
+    metrics = score_videos(meter, sounds, against=[copies[0], again, again, copies[1]])
+    assert metrics["against"]["own"] == [0, 2, 3]
+    assert metrics["own_is"] == "the same place in the lists"
+    assert metrics["num_pairs"] == 3 and len(metrics["bad_clips"]) == 1
+    uneven = score_videos(meter, [files[0], other], against=[again])
+    assert uneven["against"]["own"] == [None, None] and "headline" not in uneven
 
 
 def test_frames_are_shown_at_their_own_times(files, make_model):
@@ -189,7 +210,8 @@ def test_a_model_that_hears_clips_whole_gives_no_offset(make_model, files, tmp_p
     assert clip["seconds"] == pytest.approx(0.655, abs=0.02)  # what 64 rows are made of
     assert (tmp_path / "out" / metrics["pictures"][0]["file"]).is_file()
     assert main(["score", files[0], files[1], "--against", files[0], *arguments]) == 0
-    assert "best: 1, lead0.mp4" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "best: 1, lead0.mp4" in out and "own pairs: 1, of the same file" in out
 
 
 def test_scores_equal_cosines_one_by_one():

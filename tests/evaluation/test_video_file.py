@@ -47,6 +47,18 @@ def test_sound_comes_back_from_its_first_sample_on(path, clip):
     assert rms[:8].max() < 0.06 and rms.mean() < 0.02
 
 
+def test_the_same_again_is_the_same_file(tmp_path):
+    clips = SyntheticClips(4, seed=0, img_size=64, clip_seconds=1.28)
+    for index in range(4):
+        pictures = clips.frames(index, TIMES.tolist()).permute(0, 2, 3, 1).numpy()
+        sound = clips.waveform(index).numpy()
+        files = {
+            write_video(tmp_path / f"{index}_{again}.mp4", pictures, TIMES, sound).read_bytes()
+            for again in range(6)
+        }
+        assert len(files) == 1
+
+
 @pytest.mark.parametrize(
     ("pictures", "message"),
     [

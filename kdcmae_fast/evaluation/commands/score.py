@@ -10,6 +10,7 @@ from kdcmae_fast.evaluation.commands.options import add_frames, add_model, say_b
 
 PER_LINE = 10  # frames of a clip printed side by side
 MOST_NAME = 24  # characters of a file's name in the table of pairs
+MOST_COLUMNS = 12  # pictures up to which that table has every similarity
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against",
         nargs="+",
         metavar="VIDEO",
-        help="compare the sound of every VIDEO before with the picture of every one of these",
+        help="compare the sound of every VIDEO before with the picture of every one of these; of "
+        "files in both lists, or else of lists equally long, also say how often a sound finds its "
+        "own picture",
     )
     parser.add_argument(
         "--strategy",
@@ -80,10 +83,14 @@ def run(options: argparse.Namespace) -> None:
     )
     if "against" in metrics:
         print(pair_table(metrics["against"]))
+        if "num_pairs" in metrics:
+            print(own_text(metrics))
     else:
         print("\n".join(map(clip_text, metrics["clips"])))
     if options.output:
-        print(f"wrote {len(metrics['pictures'])} pictures and metrics.json to {options.output}")
+        count = len(metrics["pictures"])
+        drawn = f"{count} pictures" if count > 1 else "a picture"
+        print(f"wrote {drawn} and metrics.json to {options.output}")
     say_bad(metrics)
     if bad := metrics["bad_clips"]:
         sys.stdout.flush()
@@ -112,16 +119,44 @@ def clip_text(clip: Mapping[str, Any]) -> str:
 
 
 def pair_table(pairs: Mapping[str, Any]) -> str:
-    """The matrix of `--against` and the best match of each row."""
+    """The matrix of `--against` and the best match of each row; of many columns only the match."""
     columns = pairs["picture_of"]
     sounds = _short_names(pairs["sound_of"])
     width = max(map(len, (*sounds, "sound of"))) + 2
+    matches = zip(sounds, pairs["similarity"], pairs["best"], pairs["own"], strict=True)
+    if len(columns) > MOST_COLUMNS:
+        lines = [f"{'sound of':{width}}{'own':>8}{'best':>8}   picture of"]
+        for name, row, best, own in matches:
+            cell = "" if own is None else f"{row[own]:.3f}"
+            shown = os.path.basename(columns[best])
+            lines.append(f"{name:{width}}{cell:>8}{row[best]:>8.3f}   {shown}")
+        return "\n".join(lines)
     lines = [f"picture {number}: {name}" for number, name in enumerate(columns, 1)]
     lines.append(f"{'sound of':{width}}" + "".join(f"{n:>8}" for n in range(1, len(columns) + 1)))
-    for name, row, best in zip(sounds, pairs["similarity"], pairs["best"], strict=True):
+    for name, row, best, _ in matches:
         cells = "".join(f"{value:>8.3f}" for value in row)
         lines.append(f"{name:{width}}{cells}   best: {best + 1}, {os.path.basename(columns[best])}")
     return "\n".join(lines)
+
+
+def own_text(metrics: Mapping[str, Any]) -> str:
+    """How the pairs that belong together compare with the others."""
+    pairs = metrics["against"]
+    galleries = {
+        "audio_to_video": ("sound finds its picture", len(pairs["picture_of"])),
+        "video_to_audio": ("picture finds its sound", len(pairs["sound_of"])),
+    }
+    lines = [f"own pairs: {metrics['num_pairs']}, of {metrics['own_is']}"]
+    for key, (what, count) in galleries.items():
+        row = metrics[key]
+        lines.append(
+            f"  {what} first among {count}: {row['R@1']:.1%} (chance {row['R@1 of chance']:.1%}), "
+            f"median rank {row['median_rank']:g}"
+        )
+    similarity = f"  similarity of own pairs {metrics['similarity_of_own_pairs']:.3f}"
+    if (other := metrics["similarity_of_other_pairs"]) is not None:
+        similarity += f", of other pairs {other:.3f} (means)"
+    return "\n".join([*lines, similarity])
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
