@@ -66,6 +66,7 @@ def _add_streams(container: Any, rate: Fraction, height: int, width: int) -> tup
         video.options = {"crf": "20", "preset": "veryfast", "mbtree": "0"}
     if codec == "mpeg4":  # its clock has 16 bits
         video.codec_context.time_base = 1 / rate
+        video.options = {"qmin": "2", "qmax": "4"}
     audio = container.add_stream("aac", rate=SAMPLE_RATE)
     audio.layout = "mono"
     # The default coder is a quarter off in the first tenth of a second, where clips begin at once.
