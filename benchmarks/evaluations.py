@@ -29,7 +29,7 @@ EVALUATIONS = {
     "retrieval": ("retrieve", "--num-clips", "1000"),
     "probe": ("probe", "--num-clips", "1000", "--test-clips", "500"),
     "inpainting": ("inpaint", "--num-clips", "200"),
-    "localization": ("localize", "--video", "1"),
+    "localization": ("localize", "--num-clips", "1000", "--video", "1"),
     "score": ("score", VIDEOS, "--against", VIDEOS),
 }
 NUM_VIDEOS = 200
