@@ -12,6 +12,10 @@ class UsageError(Exception):
     """Arguments that do not parse."""
 
 
+class ToldElsewhere(Exception):
+    """The first of several processes failed, and says why; this one has nothing to add."""
+
+
 class Parser(argparse.ArgumentParser):
     """Raises `UsageError` instead of printing its usage, so that every mistake is one line."""
 
@@ -45,11 +49,14 @@ def require_folder(path: str | Path, option: str = "--output") -> None:
 def report_error(error: BaseException, *, debug: bool) -> int:
     """Print `error` as one line, after its traceback with `debug`; returns the exit code.
 
-    A process of several says which it is ("error on rank 3: ..."), but for the first.
+    A process of several says which it is ("error on rank 3: ..."), but for the first; nothing of
+    what the first one tells.
     """
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
+    if isinstance(error, ToldElsewhere):
+        return 1
     if debug:
         traceback.print_exception(error)
     rank = os.environ.get("RANK", "0")

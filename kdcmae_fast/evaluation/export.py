@@ -41,8 +41,8 @@ def export_features(
     every = frames or num_frames is not None or hears_frames(opened.model)
     settings = FrameSettings(num_frames) if every else None
     features = find_features(source, opened, settings, processes=processes).features
-    metrics: dict[str, Any] = {}
-    if processes.is_main:
+
+    def written() -> dict[str, Any]:
         save_features(features, path)
         columns = {"audio": features.audio, "video": features.video, "times": features.times}
         metrics = {
@@ -53,4 +53,6 @@ def export_features(
             **listed_bad(features.bad),
         }
         write_metrics(metrics, None if is_file else path)
-    return processes.share(metrics)
+        return metrics
+
+    return processes.on_first(written)

@@ -77,19 +77,22 @@ def find_features(
     if folder is None:
         return FoundFeatures(_extract(source, opened, frames, processes), "")
     require_folder(folder, "--features")
-    found, trouble, path = None, "", Path()
-    if processes.is_main:
-        key = feature_key(source, opened, frames)
+    found: list[ClipFeatures] = []  # on the first process alone
+
+    def look() -> tuple[Path, str, str]:
+        key, trouble = feature_key(source, opened, frames), ""
         path = Path(folder) / f"{key[:32]}.safetensors"
         try:
-            found = read_cached(path, key) if path.exists() else None
+            found.extend([read_cached(path, key)] if path.exists() else [])
         except ValueError as error:
             trouble = f"{path} is damaged ({error}): extracted again; "
-    if processes.share(found is not None):
-        return FoundFeatures(found or _no_features(), f"features read from {path}")
+        return path, key, trouble
+
+    path, key, trouble = processes.on_first(look)
+    if processes.share(len(found)):
+        return FoundFeatures(found[0] if found else _no_features(), f"features read from {path}")
     features = _extract(source, opened, frames, processes)
-    if processes.is_main:
-        write_cached(features, path, key)
+    processes.on_first(lambda: write_cached(features, path, key))
     return FoundFeatures(features, f"{trouble}features kept in {path}")
 
 

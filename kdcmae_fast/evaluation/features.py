@@ -11,7 +11,7 @@ from kdcmae_fast.batch import Batch
 from kdcmae_fast.config import DataConfig
 from kdcmae_fast.data import BadClip, BadClips, ClipDataset, FrontEnd, RawBatch
 from kdcmae_fast.evaluation.clips import collate_frames, encode_frames
-from kdcmae_fast.evaluation.processes import ALONE, Processes
+from kdcmae_fast.evaluation.processes import ALONE, Processes, SharedBadClips
 from kdcmae_fast.evaluation.reading import (
     check_amounts,
     read_batches,
@@ -77,13 +77,13 @@ def extract_features(
     """
     wanted = len(dataset) if num_clips is None else num_clips
     check_amounts(dataset, wanted, batch_size)
-    bad = BadClips(len(dataset), data.max_bad_share)
+    bad = SharedBadClips(len(dataset), wanted, data.max_bad_share, processes)
     batches: Iterable[RawBatch] = read_batches(
         dataset,
         num_clips=wanted,
         batch_size=batch_size,
         num_workers=data.num_workers,
-        bad=bad,
+        tell=bad.add,
         processes=processes,
     )
     if progress and processes.is_main:
@@ -96,7 +96,7 @@ def extract_features(
             batch = front_end(raw, device)
             yield _Rows(raw.sample_ids, raw.labels, *encode_pooled(model, batch, modalities))
 
-    return _extract(model, dataset, encoded(), wanted, bad, processes)
+    return _extract(model, dataset, encoded(), bad)
 
 
 def extract_frame_features(
@@ -118,14 +118,14 @@ def extract_frame_features(
     """
     wanted = len(dataset) if num_clips is None else num_clips
     check_amounts(dataset, wanted, batch_size)
-    bad = BadClips(len(dataset), data.max_bad_share)
+    bad = SharedBadClips(len(dataset), wanted, data.max_bad_share, processes)
     batches = read_frame_batches(
         dataset,
         num_clips=wanted,
         num_frames=num_frames,
         batch_size=batch_size,
         num_workers=data.num_workers,
-        bad=bad,
+        tell=bad.add,
         processes=processes,
     )
     if progress and processes.is_main:
@@ -143,7 +143,7 @@ def extract_frame_features(
                 batch.times,
             )
 
-    return _extract(model, dataset, encoded(), wanted, bad, processes)
+    return _extract(model, dataset, encoded(), bad)
 
 
 def encode_pooled(
@@ -172,35 +172,31 @@ def read_clips(
         num_clips=num_clips,
         batch_size=batch_size,
         num_workers=data.num_workers,
-        bad=bad,
+        tell=lambda _, clips: bad.add(clips),
     )
 
 
 def _extract(
-    model: "CavMae",
-    dataset: ClipDataset,
-    batches: Iterator[_Rows],
-    wanted: int,
-    bad: BadClips,
-    processes: Processes,
+    model: "CavMae", dataset: ClipDataset, batches: Iterator[_Rows], bad: SharedBadClips
 ) -> ClipFeatures:
     """Collects the batches of all processes; stops as soon as too many clips are bad."""
+    wanted, processes = bad.wanted, bad.processes
     collected = _Collected(wanted)
     with _inference(model):
         for rows in batches:
             collected.add(rows)
-            # Of several processes nobody knows how far the others are.
-            bad.check(collected.count if processes.size == 1 else wanted - len(bad))
-    bad.add(processes.gather_lists(bad.rows()))
-    bad.check(wanted - len(bad))
+    left_out = bad.gathered()
     found = {name: processes.gather_rows(rows) for name, rows in collected.columns(processes)}
     if not found:
-        raise ValueError(f"none of the {wanted} clips could be used; first: {bad.rows()[0]}")
+        first = left_out[0]
+        raise ValueError(
+            f"none of the {wanted} clips could be used; first: {first.video_id}: {first.reason}"
+        )
     columns = {
         name: collected.none_of(name) if rows is None else rows for name, rows in found.items()
     }
     names = tuple(dataset.video_id(index) for index in columns["sample_ids"].tolist())
-    return ClipFeatures(video_ids=names, bad=tuple(bad.rows()), **columns)
+    return ClipFeatures(video_ids=names, bad=tuple(left_out), **columns)
 
 
 class _Collected:

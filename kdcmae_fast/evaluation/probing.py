@@ -67,8 +67,8 @@ def probe(
         processes=processes,
         modalities=modalities,
     )
-    metrics: dict[str, Any] = {}
-    if processes.is_main:
+
+    def probed() -> dict[str, Any]:
         metrics = {
             "command": "probe",
             **opened.described,
@@ -79,7 +79,9 @@ def probe(
             **listed_bad(features.bad),
         }
         write_metrics(metrics, output)
-    return processes.share(metrics)
+        return metrics
+
+    return processes.on_first(probed)
 
 
 def probe_features(

@@ -6,15 +6,18 @@ MASTER_ADDR and MASTER_PORT: torchrun, `deepspeed --no_local_rank`, Slurm with t
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from kdcmae_fast.data import BadClip, BadClips
+from kdcmae_fast.messages import ToldElsewhere
+
+Result = TypeVar("Result")
 
 PATIENCE = timedelta(days=7)  # processes wait for each other while one of them does long work
 
@@ -81,6 +84,27 @@ class Processes(NamedTuple):
         values = [value]
         dist.broadcast_object_list(values, group=self.group, group_src=0)
         return values[0]
+
+    def on_first(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns on the first process, on every process; the others wait for it.
+
+        An error of it is raised on the first one, and `ToldElsewhere` on the others.
+        """
+        if self.group is None:
+            return work()
+        value, error = None, None
+        if self.is_main:
+            try:
+                value = work()
+            except Exception as found:
+                error = found
+        value, failed = self.share((value, error is not None))
+        if error is not None:
+            raise error
+        if failed:
+            raise ToldElsewhere
+        result: Result = value
+        return result
 
 
 ALONE = Processes()

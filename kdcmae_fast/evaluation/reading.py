@@ -5,12 +5,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
-from kdcmae_fast.data import BadClip, BadClips, Clip, ClipDataset, ClipError, RawBatch
+from kdcmae_fast.data import BadClip, Clip, ClipDataset, ClipError, RawBatch
 from kdcmae_fast.data.loader import collate
 from kdcmae_fast.evaluation.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from kdcmae_fast.data.clip import ClipFrames
+
+# Told of every batch that is read, and of the clips of it that cannot be used.
+Tell = Callable[[range, list[BadClip]], object]
 
 EVALUATION_EPOCH = 0  # the epoch a dataset is read as: fixes which frame of a clip is taken
 
@@ -24,13 +27,13 @@ def read_batches(
     num_clips: int,
     batch_size: int,
     num_workers: int,
-    bad: BadClips,
+    tell: Tell,
     processes: Processes = ALONE,
 ) -> Iterator[RawBatch]:
     """Clips 0 ... num_clips - 1 once each, in order; batch b is of clips b * batch_size and on.
 
     num_workers: threads that read ahead (0: read in this one). Clips that cannot be used are left
-    out and added to `bad`; their batch is smaller. processes: only this one's batches.
+    out and go to `tell`; their batch is smaller. processes: only this one's batches.
     """
     check_amounts(dataset, num_clips, batch_size)
     batches = processes.batches(num_clips, batch_size)
@@ -38,7 +41,7 @@ def read_batches(
     def read(index: int) -> Clip:
         return dataset.read(index, EVALUATION_EPOCH)
 
-    for clips in _good_clips(dataset, read, batches, num_workers, bad):
+    for clips in _good_clips(read, batches, num_workers, tell):
         yield collate(clips)
 
 
@@ -49,30 +52,27 @@ def read_frame_batches(
     num_frames: int | None,
     batch_size: int,
     num_workers: int,
-    bad: BadClips,
+    tell: Tell,
     processes: Processes = ALONE,
 ) -> Iterator[list["ClipFrames"]]:
     """As `read_batches`, with all frames of every clip.
 
     num_frames: T (None: as many as the dataset has). A clip with another number of frames than the
-    first one counts as bad.
+    list's first one that can be read counts as bad.
     """
     check_amounts(dataset, num_clips, batch_size)
     batches = processes.batches(num_clips, batch_size)
-    found: list[int] = []  # T, once a clip is read
+    # Every process looks for itself: the first clip that it reads may have another number.
+    expected = _frames_of_first(dataset, num_clips) if num_frames is None else num_frames
 
     def read(index: int) -> "ClipFrames":
-        return dataset.read_frames(index, num_frames)
+        clip = dataset.read_frames(index, num_frames)
+        if len(clip.frames) != expected:
+            reason = f"it has {len(clip.frames)} frames, the first clip has {expected}"
+            raise ClipError(clip.video_id, reason)
+        return clip
 
-    for clips in _good_clips(dataset, read, batches, num_workers, bad):
-        found = found or [len(clips[0].frames)]
-        odd = [clip for clip in clips if len(clip.frames) != found[0]]
-        for clip in odd:
-            reason = f"it has {len(clip.frames)} frames, the clips before it {found[0]}"
-            bad.add([BadClip(clip.video_id, reason)])
-        same = [clip for clip in clips if len(clip.frames) == found[0]]
-        if same:
-            yield same
+    yield from _good_clips(read, batches, num_workers, tell)
 
 
 def check_amounts(dataset: ClipDataset, num_clips: int, batch_size: int) -> None:
@@ -98,12 +98,18 @@ def with_bar(
             bar.update(length(batch))
 
 
+def _frames_of_first(dataset: ClipDataset, num_clips: int) -> int:
+    """T of the first clip that can be read; 0 where none can."""
+    for index in range(num_clips):
+        try:
+            return len(dataset.read_frames(index).frames)
+        except ClipError:
+            continue
+    return 0
+
+
 def _good_clips(
-    dataset: ClipDataset,
-    read: Callable[[int], Read],
-    batches: Sequence[range],
-    num_threads: int,
-    bad: BadClips,
+    read: Callable[[int], Read], batches: Sequence[range], num_threads: int, tell: Tell
 ) -> Iterator[list[Read]]:
     """The clips of each batch that can be used; no batch of none."""
 
@@ -117,13 +123,9 @@ def _good_clips(
     indices = [index for batch in batches for index in batch]
     results = _in_order(attempt, indices, num_threads, ahead)
     for batch in batches:
-        clips: list[Read] = []
-        for _ in batch:
-            clip = next(results)
-            if isinstance(clip, BadClip):
-                bad.add([clip])
-            else:
-                clips.append(clip)
+        found = [next(results) for _ in batch]
+        clips = [clip for clip in found if not isinstance(clip, BadClip)]
+        tell(batch, [clip for clip in found if isinstance(clip, BadClip)])
         if clips:
             yield clips
 

@@ -64,9 +64,9 @@ def retrieve(
         strategy = "diagonal_mean"
     frames = None if strategy is None else FrameSettings(num_frames)
     found = find_features(source, opened, frames, folder=features, processes=processes)
-    metrics: dict[str, Any] = {}
-    if processes.is_main:
-        metrics = {"command": "retrieve", **opened.described}
+
+    def ranked() -> dict[str, Any]:
+        metrics: dict[str, Any] = {"command": "retrieve", **opened.described}
         if frames is not None:
             metrics["frames"] = _described(found.features, frame_level, opened.data.time_base)
         if found.note:
@@ -74,7 +74,9 @@ def retrieve(
         metrics |= _ranked(opened, found.features, strategy, ties, examples, output)
         metrics |= listed_bad(found.features.bad)
         write_metrics(metrics, output)
-    return processes.share(metrics)
+        return metrics
+
+    return processes.on_first(ranked)
 
 
 def retrieval_table(metrics: Mapping[str, Any]) -> str:

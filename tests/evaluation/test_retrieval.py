@@ -202,7 +202,7 @@ def test_clips_with_other_numbers_of_frames_are_left_out(sync, data, long_clips)
     data = dataclasses.replace(data, max_bad_share=0.5)
     found = extract_frame_features(sync, clips, data, batch_size=2)
     assert found.sample_ids.tolist() == [0, 1, 3, 4, 5]
-    assert found.bad[0].reason == "it has 3 frames, the clips before it 5"
+    assert found.bad[0].reason == "it has 3 frames, the first clip has 5"
 
 
 def test_retrieve_frame_by_frame(make_model, tmp_path, capsys, monkeypatch):
