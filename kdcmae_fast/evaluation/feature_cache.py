@@ -1,15 +1,15 @@
 """Features kept on disk under the hash of everything they were made of.
 
 One safetensors file per key in a folder of the user's. The key covers the checkpoint's bytes, the
-data settings, the list of clips and the frame settings: change one of them and the features are
-extracted anew. The clips' own media files are not read for it; only a folder of videos is told by
-its files' sizes and dates.
+data settings, the list of clips, the frame settings and `EXTRACTION`: change one of them and the
+features are extracted anew. The clips' own media files are not read for it; only a folder of videos
+or sounds is told by its files' sizes and dates.
 """
 
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,9 @@ from kdcmae_fast.messages import require_folder
 from kdcmae_fast.models.pretrained import CONFIG, WEIGHTS, replace_file
 
 FORMAT = "kdcmae features 1"
+# Count up when the same clips, settings and weights give other features than before: another frame
+# of a window, another filterbank. tests/evaluation/test_feature_version.py notices.
+EXTRACTION = 2  # 2: frame_times of a list choose the frame of a window
 CHUNK = 2**20  # bytes of a file hashed at once
 UNRELATED = (
     "num_workers",
@@ -90,7 +93,8 @@ def find_features(
 
     path, key, trouble = processes.on_first(look)
     if processes.share(len(found)):
-        return FoundFeatures(found[0] if found else _no_features(), f"features read from {path}")
+        features = found[0] if found else _no_features()
+        return FoundFeatures(features, f"features read from {path}{_left_out_then(features)}")
     features = _extract(source, opened, frames, processes)
     processes.on_first(lambda: write_cached(features, path, key))
     return FoundFeatures(features, f"{trouble}features kept in {path}")
@@ -103,6 +107,7 @@ def feature_key(source: EvaluationSource, opened: Opened, frames: FrameSettings 
     parts = {
         "format": FORMAT,
         "version": kdcmae_fast.__version__,
+        "extraction": EXTRACTION,
         "weights": _digest(_file_bytes(checkpoint / WEIGHTS)),
         "model": _digest(_file_bytes(checkpoint / CONFIG)),
         "data": settings,
@@ -172,6 +177,13 @@ def _extract(
     )
 
 
+def _left_out_then(features: ClipFeatures) -> str:
+    """Of clips that may have been repaired since."""
+    if not features.bad:
+        return ""
+    return f" ({len(features.bad)} of the clips were left out then; remove it to try them again)"
+
+
 def _no_features() -> ClipFeatures:
     none = torch.empty(0)
     return ClipFeatures((), none.long(), none.long(), none, none)
@@ -181,16 +193,22 @@ def _list_content(data: DataConfig, dataset: Any) -> Iterator[bytes]:
     """What the list of clips says, as far as it is not in the settings."""
     if data.label_csv:
         yield from _file_bytes(Path(data.label_csv))
-    if data.source == "manifest":
+    if data.source in ("manifest", "sounds") and Path(data.path).is_file():
         yield from _file_bytes(Path(data.path))
+    elif data.source == "sounds":
+        yield from _about((entry.video_id, Path(entry.wav)) for entry in dataset.entries)
     elif data.source == "shards":
         root = Path(data.path)
         for path in [root / "dataset.json", *sorted(root.glob("shards/*.jsonl"))]:
             yield from _file_bytes(path)
     elif isinstance(dataset, VideoFolder):
-        for name in dataset.names:
-            about = (dataset.root / name).stat()
-            yield f"{name}\0{about.st_size}\0{about.st_mtime_ns}\0".encode("utf-8", "replace")
+        yield from _about((name, dataset.root / name) for name in dataset.names)
+
+
+def _about(files: Iterable[tuple[str, Path]]) -> Iterator[bytes]:
+    for name, path in files:
+        about = path.stat()
+        yield f"{name}\0{about.st_size}\0{about.st_mtime_ns}\0".encode("utf-8", "replace")
 
 
 def _file_bytes(path: Path) -> Iterator[bytes]:

@@ -45,6 +45,10 @@ def work(folder: str, output: Path) -> None:
         assert main(command) == 0
     localized = ["localize", *common, "--num-clips", "7", "--batch-size", "3", *FEW_BAD]
     assert main(localized) == 1
+    # stops at the first batches, although 2 of all 1000 clips would be tolerated
+    assert main(["retrieve", *common, "--batch-size", "3", *FEW_BAD]) == 1
+    # found by the first process alone, after the features
+    assert main(["probe", *common, "--num-clips", "3", "--test-clips", "24", *DATA]) == 1
     source = EvaluationSource(checkpoint=folder, overrides=DATA, num_clips=40, device="cpu")
     given = [
         localize(replace(source, num_clips=2), LocalizationSettings(map="cosine")),

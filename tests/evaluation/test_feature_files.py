@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdcmae_fast.cli import main
-from kdcmae_fast.data import BadClip
+from kdcmae_fast.data import BadClip, ClipError
 from kdcmae_fast.evaluation import (
     ClipFeatures,
     extract_frame_features,
@@ -202,6 +202,37 @@ def test_the_list_s_content_is_in_the_key(source, tmp_path):
         (videos / "a.mp4").write_text(content)
         keys.add(feature_key(changed, open_source(changed), None))
     assert len(keys) == 2
+
+
+def test_the_sounds_are_in_the_key(source, tmp_path):
+    path, folder = tmp_path / "sounds.json", tmp_path / "sounds"
+    folder.mkdir()
+    keys = set()
+    for content in ("a", "another"):
+        path.write_text(json.dumps({"data": [{"video_id": "a", "wav": f"{content}.wav"}]}))
+        (folder / "a.wav").write_text(content)
+        for found in (path, folder):
+            overrides = ("data.source=sounds", f"data.path={found}")
+            changed = dataclasses.replace(source, overrides=overrides, num_clips=1)
+            keys.add(feature_key(changed, open_source(changed, needs=("audio",)), None))
+    assert len(keys) == 4
+
+
+def test_clips_that_were_left_out_when_features_were_kept_are_told(source, tmp_path, monkeypatch):
+    opened = open_source(dataclasses.replace(source, overrides=("data.max_bad_share=0.5",)))
+    read = type(opened.dataset).read
+
+    def broken(self, index, epoch):
+        if index == 1:
+            raise ClipError("clip", "the file ends early")
+        return read(self, index, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(opened.dataset), "read", broken)
+        find_features(source, opened, folder=tmp_path / "kept")
+    again = find_features(source, opened, folder=tmp_path / "kept")
+    assert "(1 of the clips were left out then; remove it to try them again)" in again.note
+    assert [clip.video_id for clip in again.features.bad] == ["clip"]
 
 
 @pytest.mark.parametrize("output", ["x.npz", "folder"])

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from kdcmae_fast.cli import main
+from kdcmae_fast.data import ClipError
 from kdcmae_fast.data.fbank import kaldi_fbank
 from kdcmae_fast.data.segments import segment_starts, timed_segment_starts
 from kdcmae_fast.data.synthetic import SyntheticClips
@@ -31,6 +32,7 @@ from kdcmae_fast.evaluation.clips import collate_frames, encode_clip, encode_fra
 from kdcmae_fast.evaluation.processes import Processes
 from kdcmae_fast.evaluation.published_retrieval import PUBLISHED, published_table
 from kdcmae_fast.evaluation.ranking import STRATEGIES, most_similar
+from kdcmae_fast.evaluation.reading import read_frame_batches
 from kdcmae_fast.evaluation.source import EvaluationSource
 
 TIES = ("average", "optimistic", "published")
@@ -203,6 +205,31 @@ def test_clips_with_other_numbers_of_frames_are_left_out(sync, data, long_clips)
     found = extract_frame_features(sync, clips, data, batch_size=2)
     assert found.sample_ids.tolist() == [0, 1, 3, 4, 5]
     assert found.bad[0].reason == "it has 3 frames, the first clip has 5"
+
+
+def test_every_process_takes_the_number_of_frames_of_the_list_s_first_clip(data):
+    """Else those of the second process would keep rows of another size than the first one's."""
+
+    class Halves(SyntheticClips):
+        def read_frames(self, index, num_frames=None, **which):
+            if index == 0:
+                raise ClipError("0", "the file ends early")
+            return super().read_frames(index, 5 if index < 4 else 3)
+
+    clips = Halves(8, seed=0, img_size=32, clip_seconds=1.0)
+    kept, left_out = {}, {}
+    for processes in (Processes(0, 1), Processes(0, 2), Processes(1, 2)):
+        told = []
+        batches = read_frame_batches(
+            clips, num_clips=8, num_frames=None, batch_size=2, num_workers=0,
+            tell=lambda _, bad, told=told: told.extend(bad), processes=processes,
+        )  # fmt: skip
+        kept[processes] = [clip.index for batch in batches for clip in batch]
+        left_out[processes] = [clip.reason for clip in told]
+    other = "it has 3 frames, the first clip has 5"
+    assert list(kept.values()) == [[1, 2, 3], [1, 2, 3], []]
+    assert left_out[Processes(1, 2)] == [other] * 4
+    assert left_out[Processes(0, 1)] == ["the file ends early", *[other] * 4]
 
 
 def test_retrieve_frame_by_frame(make_model, tmp_path, capsys, monkeypatch):

@@ -87,9 +87,24 @@ def test_the_first_process_prints_for_all(runs):
 
 
 def test_too_many_bad_clips_are_the_same_error(runs):
-    line = next(line for line in runs["one"][2].splitlines() if line.startswith("error: "))
-    assert "2 bad clips among 6 tried of 1000, more than data.max_bad_share=0.003" in line
-    assert line in runs["two"][2].splitlines()
+    lines = errors(runs["one"])[:2]  # of localize and of retrieve
+    for line in lines:
+        assert "2 bad clips among 6 tried of 1000, more than data.max_bad_share=0.003" in line
+    assert errors(runs["two"])[:2] == lines
+
+
+def test_what_the_first_process_finds_alone_is_told_once(runs):
+    one, two = errors(runs["one"]), errors(runs["two"])
+    assert "is tested, but has no training clip" in one[2] and two == one
+    # the verdict on bad clips is everybody's, this is not
+    assert [line for line in runs["two"][2].splitlines() if "error on rank" in line] == [
+        line.replace("error:", "error on rank 1:") for line in one[:2]
+    ]
+
+
+def errors(run) -> list[str]:
+    """What the first process said on stderr."""
+    return [line for line in run[2].splitlines() if line.startswith("error: ")]
 
 
 def test_every_process_gets_what_the_first_one_has(runs):
