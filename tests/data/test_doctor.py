@@ -1,5 +1,6 @@
 """kdcmae doctor on manifests and folders: each finding fires, and stays quiet on good data."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -318,6 +319,21 @@ def test_normalisation_is_what_the_front_end_gives(tree):
     for shift, result in ((0.24, "ok"), (0.26, "warning")):
         again = tree.examine(dataset_mean=mean + shift * std, dataset_std=std)
         assert check(again, "normalisation").result == result, shift
+
+
+def test_normalisation_counts_the_padding_and_says_what_it_does(tree):
+    """Clips of 98 rows in a model of 144: 0s are in the figures, and named beside them."""
+    model, data = dataclasses.replace(MODEL, audio_length=144), tree.data()
+    front_end = FrontEnd(DataConfig(dataset_mean=0.0, dataset_std=1.0), model)
+    dataset = open_dataset(data, model, seed=0)
+    sounds = [dataset.read(index, 0).waveform for index in range(len(dataset))]
+    rows = torch.cat([front_end.fbank(sound[None])[0] for sound in sounds]).double()
+    own = rows[(rows != 0).any(dim=1)]
+    assert len(own) == 98 * 4
+    (mean, std), (alone, spread) = ((x.mean(), x.std(correction=0)) for x in (rows, own))
+    finding = check(examine(data.path, data, model), "normalisation")
+    assert f"mean {mean:.4f}, std {std:.4f} with the padding" in finding.detail
+    assert f"({alone:.4f}, {spread:.4f} without)" in finding.detail
 
 
 def test_worker_processes_find_the_same(tree):

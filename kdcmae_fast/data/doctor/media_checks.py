@@ -245,9 +245,16 @@ def decibel(amplitude: float) -> float:
     return 20 * math.log10(max(amplitude, 1e-6))
 
 
-def fbank_statistics(facts: Iterable[ClipFacts]) -> tuple[float, float] | None:
-    """Mean and standard deviation of all fbank values, padding included; None without a clip."""
-    sums = [fact.fbank for fact in facts if fact.fbank is not None]
+def fbank_statistics(
+    facts: Iterable[ClipFacts], *, padding: bool = True
+) -> tuple[float, float] | None:
+    """Mean and standard deviation of all fbank values; None without a clip.
+
+    padding: of all that the model gets, which the normalisation is to centre; False: of the sound
+    alone.
+    """
+    found = (fact.fbank if padding else fact.sound for fact in facts)
+    sums = [part for part in found if part is not None]
     count = sum(part.values for part in sums)
     if not count:
         return None
@@ -256,7 +263,7 @@ def fbank_statistics(facts: Iterable[ClipFacts]) -> tuple[float, float] | None:
 
 
 def check_normalisation(facts: Sequence[ClipFacts], data: DataConfig) -> Check:
-    """The fbank's mean and standard deviation against the configured ones."""
+    """The fbank's mean and standard deviation, padding counted, against the configured ones."""
     measured = fbank_statistics(facts)
     if measured is None:
         return Check("normalisation", "warning", 0, "no clip to measure it on")
@@ -264,11 +271,15 @@ def check_normalisation(facts: Sequence[ClipFacts], data: DataConfig) -> Check:
     off_mean = abs(mean - data.dataset_mean) / data.dataset_std
     off_std = abs(std / data.dataset_std - 1)
     off = off_mean > MEAN_TOLERANCE or off_std > STD_TOLERANCE
+    sound = fbank_statistics(facts, padding=False)
+    alone = ""
+    if sound is not None and sound != measured:
+        alone = f" with the padding ({sound[0]:.4f}, {sound[1]:.4f} without)"
     return Check(
         "normalisation",
         "warning" if off else "ok",
         sum(fact.fbank is not None for fact in facts),
-        f"clips: mean {mean:.4f}, std {std:.4f}; configured {data.dataset_mean:g}, "
+        f"clips: mean {mean:.4f}, std {std:.4f}{alone}; configured {data.dataset_mean:g}, "
         f"{data.dataset_std:g} (tolerance {MEAN_TOLERANCE:g} std and {STD_TOLERANCE:.0%})",
         advice=f"set data.dataset_mean={mean:.4f} data.dataset_std={std:.4f} (but keep the values "
         "a checkpoint was trained with)"

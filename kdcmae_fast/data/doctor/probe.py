@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcmae_fast.data.clip import SAMPLE_RATE, Clip, ClipDataset, ClipError
+from kdcmae_fast.data.clip import SAMPLE_RATE, ClipDataset, ClipError
+from kdcmae_fast.data.fbank import num_fbank_frames
 from kdcmae_fast.data.folder import VideoFolder
 from kdcmae_fast.data.frontend import FrontEnd
 from kdcmae_fast.data.manifest import ManifestClips
@@ -57,7 +58,7 @@ class ClipFacts(NamedTuple):
     """What was found about one clip.
 
     reason: why a run would count it as bad, "" if it would not. peak, rms: of the sound, 1 is full
-    scale. fbank: None for bad clips.
+    scale. fbank: None for bad clips. sound: of its rows that are no padding.
     """
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
@@ -68,6 +69,7 @@ class ClipFacts(NamedTuple):
     rms: float = math.nan
     label: int = -1
     fbank: FbankSums | None = None
+    sound: FbankSums | None = None
 
 
 class Probe:
@@ -95,6 +97,7 @@ class Probe:
         if problem:  # another epoch would read the frame that this one did not
             return ClipFacts(index, name, " ".join(problem.split()), properties)
         sound = clips[0].waveform
+        rows = self.front_end.fbank(sound[None])[0].double()
         return ClipFacts(
             index,
             name,
@@ -103,12 +106,13 @@ class Probe:
             peak=float(sound.abs().max()),
             rms=float(sound.double().square().mean().sqrt()),
             label=clips[0].label,
-            fbank=self._fbank(clips[0]),
+            fbank=_sums(rows),
+            sound=_sums(rows[: num_fbank_frames(len(sound))]),
         )
 
-    def _fbank(self, clip: Clip) -> FbankSums:
-        values = self.front_end.fbank(clip.waveform[None]).double()
-        return FbankSums(values.numel(), float(values.sum()), float(values.square().sum()))
+
+def _sums(values: torch.Tensor) -> FbankSums:
+    return FbankSums(values.numel(), float(values.sum()), float(values.square().sum()))
 
 
 def _properties(dataset: ClipDataset, index: int) -> tuple[Properties, str]:
