@@ -21,6 +21,7 @@ from kdcmae_fast.data.augment import pad
 from kdcmae_fast.data.classes import LabelledClips
 from kdcmae_fast.data.clip import ClipFrames
 from kdcmae_fast.evaluation.class_metrics import class_metrics
+from kdcmae_fast.evaluation.ranking import not_finite
 from kdcmae_fast.finetune_config import FinetuneDataConfig
 
 # (fbank (B, rows, F), frames (B, T, 3, H, W)) on the device -> logits (B, T, C), or (B, C) where
@@ -87,13 +88,13 @@ def evaluate_classifier(classify: Classifier, evaluation: Evaluation) -> dict[st
 
     classify: called equally often on every rank, as engines that shard weights need. Unreadable and
     unlabelled clips are left out and named in `bad_clips`. Raises TooManyBadClips past
-    data.max_bad_share, ValueError when no clip is left.
+    data.max_bad_share, ValueError when no clip is left, or for probabilities that are not finite.
     """
     total = num_evaluated(evaluation.dataset, evaluation.data)
     metrics = class_metrics(evaluation.loss, evaluation.num_classes, evaluation.device)
     front_end = FrontEnd(evaluation.data, evaluation.model)
     bad: list[tuple[int, BadClip]] = []  # with their places
-    counted = 0
+    counted, broken = 0, []
     with torch.no_grad():
         for batch in _batches(evaluation, bad):
             idle = batch is None  # nothing left for this rank, but the others need it
@@ -110,7 +111,8 @@ def evaluate_classifier(classify: Classifier, evaluation: Evaluation) -> dict[st
             probabilities = average_probabilities(logits, evaluation.loss)
             metrics.update(batch.sample_ids, probabilities, batch.classes.to(evaluation.device))
             counted += len(batch.sample_ids)
-    counted, bad = _over_ranks(counted, bad, evaluation)
+            broken += batch.sample_ids[not_finite(probabilities)].tolist()
+    counted, bad, broken = _over_ranks(counted, bad, broken, evaluation)
     tally = BadClips(len(evaluation.dataset), evaluation.data.max_bad_share)
     tally.add(clip for _, clip in bad)
     tally.check(counted)
@@ -118,6 +120,11 @@ def evaluate_classifier(classify: Classifier, evaluation: Evaluation) -> dict[st
         first = bad[0][1]
         raise ValueError(
             f"none of the {total} clips can be evaluated; {first.video_id}: {first.reason}"
+        )
+    if broken:  # an argmax over NaN is a class like any other
+        raise ValueError(
+            f"the probabilities of {len(broken)} of {counted} clips are not finite, the first is "
+            f"{evaluation.dataset.video_id(broken[0])}; check that clip and the checkpoint"
         )
     return {
         "num_clips": counted,
@@ -206,14 +213,18 @@ def _blank(evaluation: Evaluation) -> FrameBatch:
 
 
 def _over_ranks(
-    counted: int, bad: list[tuple[int, BadClip]], evaluation: Evaluation
-) -> tuple[int, list[tuple[int, BadClip]]]:
-    """Clips counted by all ranks, and the bad ones of all in the dataset's order."""
+    counted: int, bad: list[tuple[int, BadClip]], broken: list[int], evaluation: Evaluation
+) -> tuple[int, list[tuple[int, BadClip]], list[int]]:
+    """Clips counted by all ranks; the bad ones of all, and the broken, in the dataset's order."""
     if evaluation.world_size == 1:
-        return counted, bad
+        return counted, bad, broken
     parts: list[Any] = [None] * evaluation.world_size
-    dist.all_gather_object(parts, (counted, bad))
-    return sum(part[0] for part in parts), sorted(clip for part in parts for clip in part[1])
+    dist.all_gather_object(parts, (counted, bad, broken))
+    return (
+        sum(part[0] for part in parts),
+        sorted(clip for part in parts for clip in part[1]),
+        sorted(number for part in parts for number in part[2]),
+    )
 
 
 def _with_bar(indices: Sequence[int], evaluation: Evaluation) -> Iterator[int]:

@@ -6,6 +6,7 @@ from typing import Any
 from kdcmae_fast.evaluation.clips import hears_frames
 from kdcmae_fast.evaluation.feature_cache import FrameSettings, find_features
 from kdcmae_fast.evaluation.feature_files import require_parquet, save_features
+from kdcmae_fast.evaluation.features import broken_clips
 from kdcmae_fast.evaluation.processes import launched_processes
 from kdcmae_fast.evaluation.source import (
     EvaluationSource,
@@ -28,7 +29,8 @@ def export_features(
     frames: all frames of each clip; always so for CAV-MAE Sync, and with num_frames.
     num_frames: as in `extract_frame_features`.
 
-    Returns what metrics.json holds: how many clips, the shapes, the clips that were left out.
+    Returns what metrics.json holds: how many clips, the shapes, the clips that were left out, and
+    those written whose features are not finite.
     """
     path = Path(output)
     is_file = path.suffix in (".npz", ".parquet")
@@ -50,6 +52,7 @@ def export_features(
             **opened.described,
             "num_clips": len(features.video_ids),
             "shapes": {k: list(x.shape) for k, x in columns.items() if x is not None},
+            "not_finite": broken_clips(features),
             **listed_bad(features.bad),
         }
         write_metrics(metrics, None if is_file else path)

@@ -12,6 +12,7 @@ from kdcmae_fast.config import DataConfig
 from kdcmae_fast.data import BadClip, BadClips, ClipDataset, FrontEnd, RawBatch
 from kdcmae_fast.evaluation.clips import collate_frames, encode_frames
 from kdcmae_fast.evaluation.processes import ALONE, Processes, SharedBadClips
+from kdcmae_fast.evaluation.ranking import not_finite
 from kdcmae_fast.evaluation.reading import (
     check_amounts,
     read_batches,
@@ -39,6 +40,22 @@ class ClipFeatures(NamedTuple):
     video: Tensor
     bad: tuple[BadClip, ...] = ()
     times: Tensor | None = None
+
+
+def broken_clips(features: ClipFeatures) -> list[str]:
+    """Names of the clips whose sound or picture features are not finite."""
+    rows = {*not_finite(features.audio), *not_finite(features.video)}
+    return [features.video_ids[row] for row in sorted(rows)]
+
+
+def require_finite(features: ClipFeatures) -> None:
+    """ValueError naming a clip whose features are not finite."""
+    broken = broken_clips(features)
+    if broken:
+        raise ValueError(
+            f"features of {len(broken)} of {len(features.video_ids)} clips are not finite, the "
+            f"first is {broken[0]}; check that clip and the checkpoint"
+        )
 
 
 class _Rows(NamedTuple):

@@ -1,5 +1,6 @@
 """The clips of a probe: which lists it trains and tests on, each clip read only once."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -69,7 +70,7 @@ class EachOnce:
             known = _labels_of(part)
             rows = [part.dataset.video_id(index) for index in range(part.num_clips)]
             if len(set(rows)) < len(rows):
-                twice = next(name for name in rows if rows.count(name) > 1)
+                twice = Counter(rows).most_common(1)[0][0]
                 raise ValueError(f"{part.name}: clip {twice} is listed twice")
             for index, name in enumerate(rows):
                 if name not in self._numbers:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcmae_fast.evaluation.features import ClipFeatures, extract_features
+from kdcmae_fast.evaluation.features import ClipFeatures, extract_features, require_finite
 from kdcmae_fast.evaluation.folds import Fold, check_folds
 from kdcmae_fast.evaluation.probe_classifiers import (
     Classifier,
@@ -176,6 +176,7 @@ def _probed(
     progress: bool,
 ) -> dict[str, Any]:
     """The figures of `probe_features` on the clips that could be read."""
+    require_finite(features)
     labels, classes = _labels(features)
     return probe_features(
         np.concatenate([getattr(features, name).numpy() for name in modalities], axis=1),

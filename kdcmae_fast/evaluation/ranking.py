@@ -215,9 +215,14 @@ def _check(
         )
 
 
-def _check_finite(name: str, features: Tensor) -> None:
+def not_finite(features: Tensor) -> list[int]:
+    """Rows of features (N, ...) that have NaN or an infinity."""
     finite = [part.flatten(1).isfinite().all(dim=1) for part in features.split(4096)]
-    bad = (~torch.cat(finite)).nonzero().flatten().tolist()
+    return (~torch.cat(finite)).nonzero().flatten().tolist()
+
+
+def _check_finite(name: str, features: Tensor) -> None:
+    bad = not_finite(features)
     if bad:
         shown = ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
         raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from kdcmae_fast.evaluation.clips import hears_frames
 from kdcmae_fast.evaluation.feature_cache import FrameSettings, find_features
-from kdcmae_fast.evaluation.features import ClipFeatures
+from kdcmae_fast.evaluation.features import ClipFeatures, require_finite
 from kdcmae_fast.evaluation.processes import launched_processes
 from kdcmae_fast.evaluation.ranking import (
     STRATEGIES,
@@ -117,6 +117,8 @@ def _ranked(
     output: str | Path | None,
 ) -> dict[str, Any]:
     """The scores of every strategy asked for; the first one's stand at the top as well."""
+    if ties != "published":
+        require_finite(features)
     device = opened.device
     audio, video = features.audio.to(device), features.video.to(device)
     names = STRATEGIES if strategy == "all" else (strategy or "diagonal_mean",)

@@ -7,9 +7,10 @@ import pytest
 import soundfile
 
 from kdcmae_fast.cli import main
-from kdcmae_fast.evaluation import EvaluationSource, extract_features, probe
+from kdcmae_fast.evaluation import EvaluationSource, extract_features, probe, retrieve
 from kdcmae_fast.evaluation.probe_clips import EachOnce, Part, probe_clips
 from kdcmae_fast.evaluation.source import open_source
+from kdcmae_fast.models.cav_mae import CavMae
 
 WORDS = ("low", "middle", "high")
 
@@ -147,6 +148,32 @@ def test_clips_that_cannot_be_read_are_left_out_of_their_part(of_sounds, sounds,
     assert (metrics["folds"][0]["train_clips"], metrics["folds"][0]["test_clips"]) == (30, 14)
     honest = probe(of_sounds(), test_path=str(sounds / "test.json"))
     assert metrics["folds"][0]["validation_curve"] == honest["folds"][0]["validation_curve"]
+
+
+def test_clips_whose_features_are_not_numbers_are_named(
+    of_sounds, sounds, model_folder, tmp_path, monkeypatch, capsys
+):
+    """By `probe` and `retrieve`, which stop, and by `features`, which writes them."""
+    encode = CavMae.encode
+
+    def broken(self, *given, **named):
+        found = encode(self, *given, **named)
+        found.audio[2] = float("nan")
+        return found
+
+    monkeypatch.setattr(CavMae, "encode", broken)
+    source = EvaluationSource(
+        checkpoint=str(model_folder), num_clips=20, batch_size=20, device="cpu"
+    )
+    told = "features of 1 of 20 clips are not finite, the first is synthetic_heldout_000002;"
+    with pytest.raises(ValueError, match=told):
+        retrieve(source)
+    with pytest.raises(ValueError, match="the first is synthetic_heldout_000002;"):
+        probe(source, folds=2)
+    command = ["features", "--checkpoint", str(model_folder), "--device", "cpu"]
+    command += ["--num-clips", "20", "--output", str(tmp_path / "x.npz")]
+    assert main(command) == 0
+    assert "of 1 clips are not finite, the first is synthetic" in capsys.readouterr().err
 
 
 def test_the_same_clip_in_two_lists_is_one(of_sounds):

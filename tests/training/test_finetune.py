@@ -245,3 +245,21 @@ def test_clips_without_a_label_are_named(run):
     )  # fmt: skip
     with pytest.raises(ValueError, match="none of the 9 clips can be evaluated; synthetic_heldout"):
         evaluate(range(9))
+
+
+@pytest.mark.parametrize("loss", ["bce", "cross_entropy"])
+def test_probabilities_that_are_not_numbers_are_no_figures(run, loss):
+    """The largest of NaNs is class 0: a broken model would get the accuracy of that."""
+    model = from_pretrained(run / "model")
+    data = FinetuneDataConfig(eval_clips=9, eval_frames=1, eval_batch_size=3, num_workers=0)
+    batches = iter([0.0, float("nan"), 0.0])
+    evaluation = Evaluation(
+        dataset=open_dataset(data, model.config, seed=0, split="heldout"),
+        data=data,
+        model=model.config,
+        loss=loss,
+        num_classes=8,
+        device=torch.device("cpu"),
+    )
+    with pytest.raises(ValueError, match=r"of 3 of 9 clips are not finite, .* \w+_heldout_000003;"):
+        evaluate_classifier(lambda fbank, frames: model(fbank, frames) + next(batches), evaluation)

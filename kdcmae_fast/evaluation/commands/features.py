@@ -1,6 +1,7 @@
 """The command line of `kdcmae features`."""
 
 import argparse
+import sys
 
 from kdcmae_fast.evaluation.commands.options import (
     add_frames,
@@ -41,5 +42,10 @@ def run(options: argparse.Namespace) -> None:
     if not is_first_process():
         return
     say_bad(metrics)
+    if broken := metrics["not_finite"]:
+        print(
+            f"features of {len(broken)} clips are not finite, the first is {broken[0]}",
+            file=sys.stderr,
+        )
     shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in metrics["shapes"].items())
     print(f"wrote features of {metrics['num_clips']} clips to {options.output}: {shapes}")
