@@ -165,6 +165,10 @@ def _settings(folder: Path, source: ClassifySource) -> tuple[FinetuneRunConfig, 
                 "(the model's own settings come with the checkpoint)"
             )
     overrides = list(source.overrides)
+    if not settings["data"].get("path"):  # who only classifies has no clips to train on
+        given = dict(override.partition("=")[::2] for override in overrides)
+        if "data.eval_path" in given and "data.path" not in given:
+            overrides.append(f"data.path={given['data.eval_path']}")
     if source.num_clips is not None:
         overrides.append(f"data.eval_clips={source.num_clips}")
     if source.batch_size is not None:

@@ -12,6 +12,8 @@ from sklearn import metrics as sk
 
 from kdcmae_fast.data.classes import Classes
 from kdcmae_fast.evaluation.class_metrics import MultiLabel, SingleLabel, d_prime
+from kdcmae_fast.evaluation.classification import ClassifySource
+from kdcmae_fast.evaluation.classification import _settings as settings_of
 from kdcmae_fast.evaluation.classifier_record import ClassifierRecord, read_record
 from kdcmae_fast.evaluation.commands import average
 from kdcmae_fast.evaluation.confusion import plot_confusion
@@ -119,6 +121,22 @@ def test_average_is_the_mean_of_the_files(three_models, tmp_path, capsys):
     assert read_record(tmp_path / "mean") == read_record(three_models[0])
     one = load_file(average_weights(three_models[:1], tmp_path / "one") / "model.safetensors")
     assert all(torch.equal(one[key], value) for key, value in states[0].items())
+
+
+def test_a_model_is_not_overwritten_by_a_mean(three_models):
+    """Who forgets OUT names the first of the models as it."""
+    before = (three_models[0] / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"OUT .*/epochs/1 is a model folder already, and stays"):
+        run_average(*three_models)
+    assert (three_models[0] / "model.safetensors").read_bytes() == before
+
+
+def test_clips_to_classify_need_none_to_train_on(three_models):
+    given = ("data.source=manifest", "data.eval_path=test.json", "data.label_csv=x.csv")
+    for more, path in (((), "test.json"), (("data.path=own.json",), "own.json")):
+        source = ClassifySource(checkpoint=str(three_models[0]), overrides=(*given, *more))
+        data = settings_of(three_models[0], source)[0].data
+        assert (data.path, data.eval_path) == (path, "test.json")
 
 
 def test_what_cannot_be_averaged(three_models, make_model, tmp_path):

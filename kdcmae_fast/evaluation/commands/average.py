@@ -1,11 +1,14 @@
 """The command line of `kdcmae average`."""
 
 import argparse
+from pathlib import Path
+
+from kdcmae_fast.messages import require_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("target", metavar="OUT", help="model folder to write")
+    parser.add_argument("target", metavar="OUT", help="model folder to write, a new one")
     parser.add_argument(
         "sources",
         nargs="+",
@@ -20,8 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Average, and say what was written."""
     from kdcmae_fast.evaluation.weight_average import average_weights, epoch_folders
+    from kdcmae_fast.models.pretrained import WEIGHTS
 
     sources = options.sources
+    require_folder(options.target, "OUT")
+    if (Path(options.target) / WEIGHTS).exists():
+        raise ValueError(
+            f"OUT {options.target} is a model folder already, and stays as it is; name another one "
+            "before the models to average, or remove it"
+        )
     if options.epochs is not None:
         first, dash, last = options.epochs.partition("-")
         if not (dash and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
