@@ -115,6 +115,11 @@ class FinetuneRunConfig:
             "data.source=folder: a folder of videos has no labels; use shards or a manifest",
         )
         _require(
+            self.data.source != "sounds",
+            "data.source=sounds: a classifier is built on sound and pictures, in every mode; "
+            "`kdcmae probe` classifies sounds alone",
+        )
+        _require(
             self.data.source != "manifest" or self.data.label_csv != "",
             "data.label_csv='': the classes are named there; data.source=manifest needs it",
         )
