@@ -3,9 +3,14 @@
 import argparse
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import NoReturn
+
+# Seconds that a process with nothing to add leaves the first one: as soon as one has ended, a
+# launcher ends the others, told or not.
+GRACE = 3.0
 
 
 class UsageError(Exception):
@@ -56,6 +61,7 @@ def report_error(error: BaseException, *, debug: bool) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     if isinstance(error, ToldElsewhere):
+        time.sleep(GRACE)
         return 1
     if debug:
         traceback.print_exception(error)

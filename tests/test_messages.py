@@ -3,7 +3,14 @@
 import pytest
 
 from kdcmae_fast.data import ClipError, TooManyBadClips
-from kdcmae_fast.messages import Parser, UsageError, one_line, report_error, require_folder
+from kdcmae_fast.messages import (
+    Parser,
+    ToldElsewhere,
+    UsageError,
+    one_line,
+    report_error,
+    require_folder,
+)
 
 
 @pytest.mark.parametrize(
@@ -22,6 +29,14 @@ from kdcmae_fast.messages import Parser, UsageError, one_line, report_error, req
 )
 def test_one_line(error, line):
     assert one_line(error) == line
+
+
+def test_what_the_first_process_tells_is_not_cut_off(capsys, monkeypatch):
+    """A launcher ends all processes when one has ended: the others stay until the first told it."""
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    assert report_error(ToldElsewhere(), debug=True) == 1
+    assert waited[0] >= 1 and capsys.readouterr().err == ""
 
 
 def test_ranks_and_exit_codes(capsys, monkeypatch):
