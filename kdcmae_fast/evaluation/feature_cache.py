@@ -78,7 +78,7 @@ def find_features(
     `extract_features`.
     """
     if folder is None:
-        return FoundFeatures(_extract(source, opened, frames, processes), "")
+        return FoundFeatures(make_features(source, opened, frames, processes), "")
     require_folder(folder, "--features")
     found: list[ClipFeatures] = []  # on the first process alone
 
@@ -95,7 +95,7 @@ def find_features(
     if processes.share(len(found)):
         features = found[0] if found else _no_features()
         return FoundFeatures(features, f"features read from {path}{_left_out_then(features)}")
-    features = _extract(source, opened, frames, processes)
+    features = make_features(source, opened, frames, processes)
     processes.on_first(lambda: write_cached(features, path, key))
     return FoundFeatures(features, f"{trouble}features kept in {path}")
 
@@ -154,12 +154,14 @@ def write_cached(features: ClipFeatures, path: Path, key: str) -> None:
     replace_file(path, lambda temporary: save_file(tensors, temporary, about))
 
 
-def _extract(
+def make_features(
     source: EvaluationSource,
     opened: Opened,
     frames: FrameSettings | None,
     processes: Processes,
+    modalities: tuple[str, ...] = ("audio", "video"),
 ) -> ClipFeatures:
+    """Features of a source's clips, extracted. modalities: of pooled features, what to encode."""
     common: dict[str, Any] = {
         "num_clips": source.num_clips,
         "progress": source.progress,
@@ -167,7 +169,9 @@ def _extract(
     }
     given = opened.model, opened.dataset, opened.data
     if frames is None:
-        return extract_features(*given, batch_size=source.batch_size, **common)
+        return extract_features(
+            *given, batch_size=source.batch_size, modalities=modalities, **common
+        )
     at_once = max(1, FRAMES_PER_PASS // (frames.num_frames or opened.data.num_frames))
     return extract_frame_features(
         *given,

@@ -25,10 +25,10 @@ BATCH_ROWS = 4096  # of a Parquet row group
 def save_features(features: ClipFeatures, path: str | Path) -> Path:
     """Write features to `path`: NAME.npz, NAME.parquet, or a folder of .npy files for any other.
 
-    Every form holds video_ids, sample_ids, labels, audio and video, and of frame-level features
-    times (`ClipFeatures` has the shapes); none is pickled. .npz, .npy: NumPy reads them alone, the
-    .npy files also memory-mapped. Parquet (needs pyarrow): one row per clip, vectors as lists of
-    fixed length. Each file is replaced at once or not at all. `bad` is not kept.
+    Every form holds video_ids, sample_ids, labels, audio and video (of one modality: that one), and
+    of frame-level features times (`ClipFeatures` has the shapes); none is pickled. .npz, .npy:
+    NumPy reads them alone, the .npy files also memory-mapped. Parquet (needs pyarrow): one row per
+    clip, vectors as lists of fixed length. Each file is replaced at once or not at all. `bad` is not kept.
 
     Returns the path. Errors: ModuleNotFoundError without pyarrow.
     """
@@ -42,15 +42,16 @@ def save_features(features: ClipFeatures, path: str | Path) -> Path:
     else:
         for name, array in arrays.items():
             replace_file(path / f"{name}.npy", functools.partial(_into, save=np.save, data=array))
-        if "times" not in arrays:  # of what was there before
-            (path / "times.npy").unlink(missing_ok=True)
+        for name in set(COLUMNS) - set(arrays):  # of what was there before
+            (path / f"{name}.npy").unlink(missing_ok=True)
     return path
 
 
 def load_features(path: str | Path) -> ClipFeatures:
     """Read what `save_features` wrote. ValueError, one line, for a file that is something else.
 
-    The arrays of a folder stay on the disk until they are used.
+    audio or video is (N, 0) where the file has the other one alone. The arrays of a folder stay on
+    the disk until they are used.
     """
     path = Path(path)
     if not path.exists():
@@ -61,7 +62,9 @@ def load_features(path: str | Path) -> ClipFeatures:
         arrays = dict(_read(path))
     except (ValueError, OSError, EOFError) as error:  # of pyarrow too: ArrowInvalid is a ValueError
         raise ValueError(f"{path} holds no features: {error}") from error
-    missing = [name for name in COLUMNS[:-1] if name not in arrays]
+    missing = [name for name in COLUMNS[:3] if name not in arrays]
+    if not missing and not {"audio", "video"} & set(arrays):
+        missing = ["audio", "video"]
     if missing:
         raise ValueError(f"{path} holds no features: {', '.join(missing)} not there")
     count = len(arrays["video_ids"])
@@ -71,7 +74,10 @@ def load_features(path: str | Path) -> ClipFeatures:
             raise ValueError(
                 f"{path} holds no features: {name} is {array.shape} beside {count} video_ids"
             )
-    sample_ids, labels, audio, video = (torch.from_numpy(arrays[name]) for name in COLUMNS[1:5])
+    none = np.empty((count, 0), np.float32)
+    sample_ids, labels, audio, video = (
+        torch.from_numpy(arrays.get(name, none)) for name in COLUMNS[1:5]
+    )
     times = torch.from_numpy(arrays["times"]) if "times" in arrays else None
     names = tuple(map(str, arrays["video_ids"]))
     return ClipFeatures(names, sample_ids, labels, audio, video, times=times)
@@ -93,7 +99,11 @@ def require_parquet(path: str | Path) -> None:
 
 def _arrays(features: ClipFeatures) -> dict[str, NDArray[Any]]:
     columns = {name: getattr(features, name) for name in DIMENSIONS}
-    arrays = {name: column.numpy() for name, column in columns.items() if column is not None}
+    arrays = {
+        name: column.numpy()
+        for name, column in columns.items()
+        if column is not None and 0 not in column.shape[1:]
+    }
     return {"video_ids": np.array(features.video_ids, dtype=np.str_), **arrays}
 
 

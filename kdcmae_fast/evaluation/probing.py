@@ -18,7 +18,13 @@ from kdcmae_fast.evaluation.probe_classifiers import (
 )
 from kdcmae_fast.evaluation.probe_clips import ProbeClips, class_names, probe_clips
 from kdcmae_fast.evaluation.processes import launched_processes
-from kdcmae_fast.evaluation.source import EvaluationSource, Opened, listed_bad, write_metrics
+from kdcmae_fast.evaluation.source import (
+    EvaluationSource,
+    Opened,
+    listed_bad,
+    modalities_of,
+    write_metrics,
+)
 from kdcmae_fast.messages import require_folder
 
 Modality = Literal["audio", "video", "both"]
@@ -212,7 +218,7 @@ def _modalities(opened: Opened, modality: Modality | None) -> tuple[str, ...]:
     """What to encode; ValueError where the model or the clips do not have it."""
     sounds = opened.data.source == "sounds"
     if modality is None:
-        found = [m for m in opened.model.config.modality_names if m == "audio" or not sounds]
+        found = list(modalities_of(opened))
     else:
         found = ["audio", "video"] if modality == "both" else [modality]
     for name in found:

@@ -98,6 +98,12 @@ def open_model(
     return model.to(pick_device(source.device)).eval(), data, seed, described
 
 
+def modalities_of(opened: Opened) -> tuple[str, ...]:
+    """What both the model and the clips have; may be none."""
+    silent = opened.data.source == "sounds"
+    return tuple(m for m in opened.model.config.modality_names if m == "audio" or not silent)
+
+
 def model_folder(checkpoint: str | Path) -> Path:
     """The model folder that `checkpoint` is, or has at model/; FileNotFoundError without one."""
     path = Path(checkpoint)

@@ -65,6 +65,15 @@ def test_there_and_back(form, frames, tmp_path):
     assert_same(load_features(path), features)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_one_modality_alone(form, tmp_path):
+    if form.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    features = some_features()._replace(video=torch.empty(5, 0))
+    path = save_features(some_features(2), tmp_path / form)  # whose pictures must go
+    assert_same(load_features(save_features(features, path)), features)
+
+
 def test_one_vector_of_sound_and_many_frames(tmp_path):
     features = some_features(3)._replace(audio=torch.randn(5, 7))
     for form in FORMS:
@@ -93,8 +102,18 @@ def test_what_holds_no_features_is_refused(tmp_path):
     arrays = {"video_ids": np.array(["a"]), "labels": np.zeros(1, int), "audio": np.zeros((2, 3))}
     arrays |= {"sample_ids": np.zeros(1, int), "video": np.zeros((1, 3))}
     np.savez(tmp_path / "sizes.npz", **arrays)
+    del arrays["audio"], arrays["video"]
+    np.savez(tmp_path / "neither.npz", **arrays)
     (tmp_path / "empty").mkdir()
-    for name in ("text.npz", "text.parquet", "other.npz", "pickle.npz", "empty", "sizes.npz"):
+    for name in (
+        "text.npz",
+        "text.parquet",
+        "other.npz",
+        "pickle.npz",
+        "empty",
+        "sizes.npz",
+        "neither.npz",
+    ):
         with pytest.raises(ValueError, match=rf"{name} holds no features"):
             load_features(tmp_path / name)
 

@@ -5,9 +5,17 @@ import json
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from kdcmae_fast.cli import main
-from kdcmae_fast.evaluation import EvaluationSource, extract_features, probe, retrieve
+from kdcmae_fast.data import FrontEnd
+from kdcmae_fast.evaluation import (
+    EvaluationSource,
+    extract_features,
+    load_features,
+    probe,
+    retrieve,
+)
 from kdcmae_fast.evaluation.probe_clips import EachOnce, Part, probe_clips
 from kdcmae_fast.evaluation.source import open_source
 from kdcmae_fast.models.cav_mae import CavMae
@@ -218,6 +226,25 @@ def test_a_model_of_both_is_probed_on_sounds_alone(of_sounds, sounds, model_fold
     source = of_sounds(checkpoint=str(model_folder))
     metrics = probe(source, test_path=str(sounds / "test.json"))
     assert metrics["modality"] == "audio" and metrics["accuracy"] > 0.5
+
+
+def test_features_of_sound_alone(sounds, sound_model, model_folder, tmp_path, capsys):
+    """Of a model without pictures and of one with, those that a probe takes."""
+    data = ["data.source=sounds", f"data.path={sounds / 'test.json'}", "data.num_workers=0"]
+    for number, folder in enumerate((sound_model, model_folder)):
+        path = tmp_path / f"{number}.npz"
+        command = ["features", "--checkpoint", str(folder), "--device", "cpu", *data]
+        assert main([*command, "--output", str(path)]) == 0
+        opened = open_source(
+            EvaluationSource(checkpoint=str(folder), overrides=data, device="cpu"), needs=()
+        )
+        clip = opened.dataset.read(4, 0)
+        fbank = FrontEnd(opened.data, opened.model.config).fbank(clip.waveform[None])
+        found = load_features(path)
+        torch.testing.assert_close(found.audio[4:5], opened.model.encode(fbank=fbank).audio)
+        assert len(found.audio) == 15 and found.video.shape == (15, 0)
+        assert main([*command, "--output", str(path), "--frames"]) == 1
+    assert "features of frames need them" in capsys.readouterr().err
 
 
 def test_what_needs_pictures_refuses_a_model_of_sound(sounds, sound_model, capsys):

@@ -54,7 +54,10 @@ def test_settings_read_back():
         ("finetune.label_smoothing=1", "finetune.label_smoothing=1.0: expected a value of"),
         ("train.average=[3,2]", r"train.average=\[3, 2\]: expected two epochs"),
         ("data.source=folder data.path=x", "data.source=folder: a folder of videos has no labels"),
-        ("data.source=sounds data.path=x", "data.source=sounds: a classifier is built on sound and"),
+        (
+            "data.source=sounds data.path=x",
+            "data.source=sounds: a classifier is built on sound and",
+        ),
         ("data.source=manifest data.path=x", "data.label_csv='': the classes are named there"),
         ("name=kdc_mae", "name=kdc_mae: expected one of cav_mae_classifier"),
     ],
