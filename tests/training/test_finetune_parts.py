@@ -56,7 +56,7 @@ def test_settings_read_back():
         ("data.source=folder data.path=x", "data.source=folder: a folder of videos has no labels"),
         (
             "data.source=sounds data.path=x",
-            "data.source=sounds: a classifier is built on sound and",
+            "data.source=sounds: a classifier is built on",
         ),
         ("data.source=manifest data.path=x", "data.label_csv='': the classes are named there"),
         ("name=kdc_mae", "name=kdc_mae: expected one of cav_mae_classifier"),
