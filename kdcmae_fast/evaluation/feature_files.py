@@ -28,8 +28,8 @@ def save_features(features: ClipFeatures, path: str | Path) -> Path:
     Every form holds video_ids, sample_ids, labels, audio and video (of one modality: that one), and
     of frame-level features times (`ClipFeatures` has the shapes); none is pickled. .npz, .npy:
     NumPy reads them alone, the .npy files also memory-mapped. Parquet (needs pyarrow): one row per
-    clip, vectors as lists of fixed length. Each file is replaced at once or not at all. `bad` is not
-    kept.
+    clip, vectors as lists of fixed length. Each file is replaced at once or not at all. `bad` is
+    not kept.
 
     Returns the path. Errors: ModuleNotFoundError without pyarrow.
     """
