@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from kdcmae_fast.data.folder import VideoFolder
 from kdcmae_fast.data.manifest import label_names
 from kdcmae_fast.data.shards.layout import LABELS
 from kdcmae_fast.data.synthetic import CLASS_NAMES
-from kdcmae_fast.evaluation.folds import Fold, stratified_folds
+from kdcmae_fast.evaluation.folds import Fold, check_folds, stratified_folds
 from kdcmae_fast.evaluation.source import EvaluationSource, Opened, open_source
 
 FOLD = "{fold}"  # in a path: 1, 2, ...
@@ -55,6 +55,19 @@ class ProbeClips(NamedTuple):
         ]
 
 
+def check_probe(found: ProbeClips, seed: int) -> None:
+    """ValueError for folds that no probe can be made of, as far as the lists tell."""
+    count = len(found.clips)
+    if found.folds is None and found.num_folds > count:
+        raise ValueError(f"--folds {found.num_folds}: there are {count} clips")
+    if found.clips.labels is None:
+        return
+    classes, labels = np.unique(found.clips.labels, return_inverse=True)
+    numbers = classes.dtype.kind == "i"
+    names = class_names(found.opened, classes) if numbers else classes.tolist()
+    check_folds(found.usable(np.arange(count), labels, seed), labels, names)
+
+
 class EachOnce:
     """Clips of several lists as one dataset, those of the same id once.
 
@@ -65,6 +78,7 @@ class EachOnce:
         self._clips: list[tuple[ClipDataset, int]] = []
         self._numbers: dict[str, int] = {}
         labels: dict[str, tuple] = {}
+        self.labels_known = True  # without reading a clip
         self.numbers: list[NDArray[np.int64]] = []  # of each part's clips
         for part in parts:
             known = _labels_of(part)
@@ -72,6 +86,7 @@ class EachOnce:
             if len(set(rows)) < len(rows):
                 twice = Counter(rows).most_common(1)[0][0]
                 raise ValueError(f"{part.name}: clip {twice} is listed twice")
+            self.labels_known = self.labels_known and known is not None
             for index, name in enumerate(rows):
                 if name not in self._numbers:
                     self._numbers[name] = len(self._clips)
@@ -79,6 +94,14 @@ class EachOnce:
                 if known is not None and labels.setdefault(name, known[index]) != known[index]:
                     raise ValueError(f"{part.name}: clip {name} has other labels in another list")
             self.numbers.append(np.array([self._numbers[name] for name in rows]))
+        self._labels = labels
+
+    @property
+    def labels(self) -> NDArray[Any] | None:
+        """(N,) class numbers, of shards class ids; None where a clip must be read for its own."""
+        if not self.labels_known:
+            return None
+        return np.array([self._labels[name][0] for name in self._numbers])
 
     def __len__(self) -> int:
         return len(self._clips)

@@ -16,7 +16,7 @@ from kdcmae_fast.evaluation.probe_classifiers import (
     fit_probe,
     fits_of,
 )
-from kdcmae_fast.evaluation.probe_clips import ProbeClips, class_names, probe_clips
+from kdcmae_fast.evaluation.probe_clips import ProbeClips, check_probe, class_names, probe_clips
 from kdcmae_fast.evaluation.processes import launched_processes
 from kdcmae_fast.evaluation.source import (
     EvaluationSource,
@@ -62,6 +62,7 @@ def probe(
         require_folder(output)
     processes = launched_processes()
     found = probe_clips(source, folds=folds, test_path=test_path, test_clips=test_clips)
+    check_probe(found, seed)
     opened = found.opened
     modalities = _modalities(opened, modality)
     features = extract_features(

@@ -16,7 +16,14 @@ from kdcmae_fast.evaluation import (
     probe,
     retrieve,
 )
-from kdcmae_fast.evaluation.probe_clips import EachOnce, Part, probe_clips
+from kdcmae_fast.evaluation.folds import Fold
+from kdcmae_fast.evaluation.probe_clips import (
+    EachOnce,
+    Part,
+    ProbeClips,
+    check_probe,
+    probe_clips,
+)
 from kdcmae_fast.evaluation.source import open_source
 from kdcmae_fast.models.cav_mae import CavMae
 
@@ -182,6 +189,44 @@ def test_clips_whose_features_are_not_numbers_are_named(
     command += ["--num-clips", "20", "--output", str(tmp_path / "x.npz")]
     assert main(command) == 0
     assert "of 1 clips are not finite, the first is synthetic" in capsys.readouterr().err
+
+
+def test_folds_that_cannot_be_are_found_before_a_clip_is_read(
+    of_sounds, sounds, model_folder, monkeypatch
+):
+    def no_clip(*_):
+        raise AssertionError("a clip was read")
+
+    monkeypatch.setattr(EachOnce, "read", no_clip)
+    rows = json.loads((sounds / "train.json").read_text())["data"]
+    write_list(sounds / "low.json", [row for row in rows if row["labels"] != "high"])
+    with pytest.raises(ValueError, match="class 'high tone' is tested, but has no training clip"):
+        probe(of_sounds("low.json"), test_path=str(sounds / "test.json"))
+    with pytest.raises(ValueError, match="fold 1 of 2: class "):
+        probe(of_sounds(num_clips=4), folds=2)
+    with pytest.raises(ValueError, match="--folds 50: there are 5 clips"):
+        probe(EvaluationSource(checkpoint=str(model_folder), num_clips=5, device="cpu"), folds=50)
+
+
+@pytest.mark.parametrize(("labels", "name"), [(["/m/a", "/m/b"], "/m/b"), ([0, 1], "square")])
+def test_class_ids_of_shards_and_numbers_of_lists_are_both_checked(of_sounds, labels, name):
+    class Listed:
+        def __len__(self):
+            return 12
+
+        def video_id(self, index):
+            return str(index)
+
+        def label_sets(self):
+            return ((label,) for label in labels * 6)
+
+    opened = open_source(EvaluationSource(checkpoint=of_sounds().checkpoint), needs=())
+    clips = EachOnce([Part(Listed(), 12, "list")])
+    found = ProbeClips(opened, clips, None, 3, "list", "list")
+    check_probe(found, 0)
+    only_even = [Fold(np.array([0, 2, 4]), np.array([1, 3]))]
+    with pytest.raises(ValueError, match=f"class '{name}' is tested, but has no training clip"):
+        check_probe(found._replace(folds=only_even), 0)
 
 
 def test_the_same_clip_in_two_lists_is_one(of_sounds):
