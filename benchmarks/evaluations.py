@@ -29,6 +29,8 @@ EVALUATIONS = {
     "retrieval": ("retrieve", "--num-clips", "1000"),
     "probe": ("probe", "--num-clips", "1000", "--test-clips", "500"),
     "inpainting": ("inpaint", "--num-clips", "200"),
+    "inpainting_audio": ("inpaint", "--num-clips", "200", "--hide", "audio"),
+    "inpainting_video": ("inpaint", "--num-clips", "200", "--hide", "video"),
     "localization": ("localize", "--num-clips", "1000", "--video", "1"),
     "score": ("score", VIDEOS, "--against", VIDEOS),
 }
@@ -49,10 +51,14 @@ def main() -> None:
         default=Path("runs/heldout-videos"),
         help="write the held-out clips there that `kdcmae score` is tried on",
     )
+    parser.add_argument(
+        "--only", nargs="+", choices=EVALUATIONS, help="these, without fine-tuning (default: all)"
+    )
     options = parser.parse_args()
 
-    videos = write_videos(options.runs[0], options.videos)
-    found = {run.name: evaluate(run, videos) for run in options.runs}
+    chosen = {name: EVALUATIONS[name] for name in options.only or EVALUATIONS}
+    videos = write_videos(options.runs[0], options.videos) if "score" in chosen else []
+    found = {run.name: evaluate(run, chosen, videos, not options.only) for run in options.runs}
     kdcmae("report", *options.runs, "--output", options.output)
     if options.results:
         record = {
@@ -61,7 +67,7 @@ def main() -> None:
             "commit": git_commit(),
             "versions": versions(),
             "videos": f"the first {NUM_VIDEOS} held-out clips, {FRAMES_PER_SECOND} frames a second",
-            "evaluations": {name: " ".join(words) for name, words in EVALUATIONS.items()},
+            "evaluations": {name: " ".join(words) for name, words in chosen.items()},
             "runs": found,
         }
         options.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -88,18 +94,23 @@ def write_videos(run: Path, folder: Path) -> list[Path]:
     ]
 
 
-def evaluate(run: Path, videos: list[Path]) -> dict[str, Any]:
-    """All evaluations of one run; its length and their headline figures."""
-    for folder, (command, *given) in EVALUATIONS.items():
+def evaluate(
+    run: Path, chosen: dict[str, tuple[str, ...]], videos: list[Path], finetune: bool
+) -> dict[str, Any]:
+    """Evaluations of one run; its length and their headline figures."""
+    for folder, (command, *given) in chosen.items():
         words = [word for name in given for word in (videos if name == VIDEOS else [name])]
         kdcmae(command, "--checkpoint", run, *words, "--output", run / folder)
-    finetuned = run / "finetuned"
-    if not (finetuned / "metrics.json").exists():
-        kdcmae("finetune", f"train.init_from={run / 'model'}", "--output", finetuned)
-    kdcmae("classify", "--checkpoint", finetuned, "--output", finetuned / "test")
+    folders = [*chosen]
+    if finetune:
+        finetuned = run / "finetuned"
+        if not (finetuned / "metrics.json").exists():
+            kdcmae("finetune", f"train.init_from={run / 'model'}", "--output", finetuned)
+        kdcmae("classify", "--checkpoint", finetuned, "--output", finetuned / "test")
+        folders.append("finetuned/test")
     training = read(run)
     figures: dict[str, Any] = {name: training[name] for name in ("steps", "samples")}
-    for folder in (*EVALUATIONS, "finetuned/test"):
+    for folder in folders:
         figures[folder] = read(run / folder)["headline"]
     return figures
 

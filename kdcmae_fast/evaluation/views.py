@@ -33,6 +33,18 @@ class Errors(NamedTuple):
     shown: Tensor
 
 
+class Targets(NamedTuple):
+    """What the model was to predict. B clips, K views, L patches of P values.
+
+    value: (B, L, P). weight: (B, L, P) or broadcast to it, what a squared error of 1 is in the
+    picture's units. hidden: (K, B, L) bool.
+    """
+
+    value: Tensor
+    weight: Tensor
+    hidden: Tensor
+
+
 class Views(NamedTuple):
     """One modality of B clips and its K views. C channels, H rows (mel bins), W columns (frames).
 
@@ -40,13 +52,15 @@ class Views(NamedTuple):
     W), predictions in the removed patches. given: (K, B, C, H, W), their true means there, or None
     where the model has to guess those too. errors: by who guessed: "model"; "patch_mean", each
     patch as flat at its own true mean; "visible_mean", each patch as the mean of the view's visible
-    ones (both in the space the model predicts in; absent without visible patches).
+    ones (both in the space the model predicts in; absent without visible patches). targets: of
+    all patches.
     """
 
     original: Tensor
     masked: Tensor
     reconstructed: Tensor
     errors: dict[str, Errors]
+    targets: Targets
     given: Tensor | None = None
 
     @property
@@ -117,11 +131,18 @@ def reconstruct_views(
         whole = whole.scatter(1, index, values)
         return unpatchify(whole, original.shape[1:], patch_size).reshape(shape) * std + mean
 
+    clips = len(original)
+    gone = torch.zeros(patches.target.shape[:2], dtype=torch.bool, device=original.device)
     return Views(
         original * std + mean,
         picture(torch.full_like(guess, float("nan"))),
         picture(guess * hidden.spread + hidden.mean),
         errors,
+        Targets(
+            patches.target[:clips],
+            (patches.spread[:clips] * scale).square(),
+            gone.scatter(1, removed, True).reshape(num_views, clips, -1),
+        ),
         picture(hidden.mean) if norm_pix else None,
     )
 

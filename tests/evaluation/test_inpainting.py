@@ -6,10 +6,13 @@ import wave
 import pytest
 import torch
 
+from kdcmae_fast.batch import Batch
+from kdcmae_fast.config import DataConfig
 from kdcmae_fast.data import FrontEnd
 from kdcmae_fast.data.loader import collate
 from kdcmae_fast.evaluation import EvaluationSource, Hiding, hide_patches, inpaint
-from kdcmae_fast.evaluation.inpainting import Inpainting, inpainting_table, other_clips
+from kdcmae_fast.evaluation.inpainting import LABELS, Inpainting, inpainting_table, other_clips
+from kdcmae_fast.evaluation.mean_clip import MeanClip
 from kdcmae_fast.evaluation.reconstruction import reconstruct
 from kdcmae_fast.evaluation.source import Opened
 from kdcmae_fast.evaluation.views import reconstruct_batch
@@ -139,6 +142,50 @@ def _by_hand(normal, predicted, hidden, norm_pix, step):
     }
 
 
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_the_mean_of_the_other_clips_leaves_out_one_after_the_other(make_model, clips, norm_pix):
+    """In whatever batches they come; the hidden patches differ from clip to clip."""
+    model, data = make_model(norm_pix_loss=norm_pix), DataConfig(dataset_std=3.0)
+    batch = FrontEnd(data, model.config)(collate([clips().read(index, 0) for index in range(5)]))
+    plans, _ = hide_patches(Hiding(mask_ratio=0.5), model.config, batch.sample_ids)
+    together = MeanClip()
+    for views in reconstruct_batch(model, batch, plans, data=data)[1:]:
+        together.add(views)
+    apart = MeanClip()
+    for part in (slice(0, 2), slice(2, 5)):
+        some = Batch(*(values[part] for values in batch))
+        those, _ = hide_patches(Hiding(mask_ratio=0.5), model.config, some.sample_ids)
+        apart.add(reconstruct_batch(model, some, those, data=data)[1])
+    loss, shown = [], []
+    patches = patchify(batch.fbank.mT[:, None], 16).double()
+    spread = (patches.var(-1, keepdim=True) + 1e-6).sqrt() if norm_pix else torch.ones(5, 8, 1)
+    target = (patches - patches.mean(-1, keepdim=True)) / spread if norm_pix else patches
+    for clip in range(5):
+        others = [other for other in range(5) if other != clip]
+        for place in plans["audio"].mask(0)[clip].nonzero().flatten().tolist():
+            wrong = target[others, place].mean(0) - target[clip, place]
+            loss.append(wrong.square().mean())
+            shown.append((3.0 * spread[clip, place] * wrong).square().mean())
+    expected = {"loss": float(sum(loss) / 20), "shown": float(sum(shown) / 20)}
+    assert together.errors() == pytest.approx(expected, rel=1e-5)
+    assert apart.errors() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_clip_alone_and_what_is_not_hidden_have_no_mean_of_others(model, batch, data):
+    plans, _ = hide_patches(Hiding(hide="audio"), model.config, batch.sample_ids)
+    frames, fbanks = reconstruct_batch(model, batch, plans, data=data)
+    whole = MeanClip()
+    whole.add(frames)
+    assert whole.errors() is None
+    one = Batch(*(values[:1] for values in batch))
+    plans, _ = hide_patches(Hiding(hide="audio"), model.config, one.sample_ids)
+    alone = MeanClip()
+    alone.add(reconstruct_batch(model, one, plans, data=data)[1])
+    assert alone.errors() is None
+    alone.add(fbanks)
+    assert alone.errors() is not None
+
+
 def test_the_error_is_the_loss_of_training(model, batch, data):
     """Under the masks of training, one view after the other."""
     with torch.inference_mode():
@@ -167,15 +214,18 @@ def test_a_clip_s_files_and_figures(model_folder, tmp_path):
             assert sound.getparams()[:3] == (1, 2, 16_000)
             assert sound.getnframes() == 400 + 160 * 61  # 0.64 s: 62 rows of 25 ms fit
     errors = metrics["errors"]
-    assert set(errors["audio"]) == set(errors["video"]) == {"model", "patch_mean", "visible_mean"}
+    guessers = {"model", "patch_mean", "visible_mean", "mean_clip"}
+    assert set(errors["audio"]) == set(errors["video"]) == guessers
     per_clip = [clip["error_per_view"]["audio"][0] for clip in metrics["clips"]]
     assert errors["audio"]["model"]["loss"] == pytest.approx(sum(per_clip) / 5)
     assert metrics["headline"]["audio error"] == errors["audio"]["model"]["loss"]
+    guesses = [errors["audio"][kind]["loss"] for kind in guessers - {"model"}]
+    assert list(metrics["headline"].values())[1] == min(guesses)
     assert metrics["mean_error"]["video"] == errors["video"]["model"]["loss"]
     table = inpainting_table(metrics)
     assert "of 5 clips" in table and "given each masked patch's true mean" in table
-    assert [line.split("  ")[0] for line in table.splitlines()[2:5]] == [
-        "model", "mean visible patch", "true mean of each patch",
+    assert [line.split("  ")[0] for line in table.splitlines()[2:6]] == [
+        "model", "mean of the other clips", "mean visible patch", "true mean of each patch",
     ]  # fmt: skip
 
 
@@ -190,8 +240,16 @@ def test_a_hidden_modality_is_told_from_the_other_and_from_another_clip_s(model_
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     assert metrics["mean_error"]["video"] is None
     assert metrics["clips"][0]["error_per_view"]["video"] == [None]
-    assert set(metrics["errors"]["audio"]) == {"model", "patch_mean", "other_clip"}
-    assert set(metrics["headline"]) == {"audio error", "audio error, told from another clip"}
+    assert set(metrics["errors"]["audio"]) == {
+        "model", "patch_mean", "other_clip", "mean_clip",
+    }  # fmt: skip
+    losses = {kind: error["loss"] for kind, error in metrics["errors"]["audio"].items()}
+    hardest = min(("mean_clip", "patch_mean"), key=losses.get)
+    assert metrics["headline"] == {
+        "audio error": losses["model"],
+        "audio error, told from another clip": losses["other_clip"],
+        f"audio error, {LABELS[hardest]}": losses[hardest],
+    }
     assert "told from another clip" in inpainting_table(metrics)
     assert metrics["sounds"] == [] and not list(tmp_path.glob("*.wav"))
     assert metrics["errors"]["audio"]["other_clip"]["loss"] == pytest.approx(
