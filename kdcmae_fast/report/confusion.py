@@ -14,6 +14,7 @@ SHOWN_PAIRS = 10
 # Shares of a row from which the text must change sides to keep a contrast of 4.5: in the dark theme
 # at the first, in the light theme at the second.
 MIDDLE, STRONG = 0.605, 0.724
+PICTURE = 580  # pixels, about, of the picture's side
 LOW, HIGH = (246, 247, 248), (18, 70, 120)  # colours of the picture
 
 
@@ -76,21 +77,22 @@ def _as_table(
             title = f"{name}, taken for {names[column]}: {count:,.0f} ({share:.0%})"
             shown = f"{count:,.0f}" if count else ""
             cells.append(element("td", shown, style=style, class_=shade, title=title))
-        rows.append([name, *cells])
-    head: list[Child] = ["", *(element("span", name) for name in names)]
+        rows.append([element("span", name, title=name), *cells])
+    head: list[Child] = ["", *(element("span", name, title=name) for name in names)]
     return table(head, rows, caption="Clips by true and predicted class", class_="confusion")
 
 
 def _as_picture(shares: Sequence[Sequence[float]]) -> Markup:
     """An image of one pixel a cell, which the page enlarges."""
     size = len(shares)
+    zoom = max(1, round(PICTURE / size))  # a whole number, so that all cells are of one size
     address = f"data:image/png;base64,{base64.b64encode(_png(shares)).decode()}"
     image = element(
         "img",
         src=address,
         alt=f"Confusion matrix of {size} classes; the pairs confused most are listed below",
-        width=size,
-        height=size,
+        width=size * zoom,
+        height=size * zoom,
         class_="matrix",
     )
     return element("figure", image)

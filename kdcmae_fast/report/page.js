@@ -3,6 +3,8 @@
 // enlarge, one sound at a time, and a word on files that could not be loaded.
 
 const figures = (value) => Number(value.toPrecision(4)).toLocaleString("en", { maximumFractionDigits: 8 });
+const short = (name) => (name.length > 40 ? `${name.slice(0, 39)}…` : name);
+const MOST_READ = 12;  // values of runs at a step
 
 function nearest(points, step) {
   let low = 0, high = points.length - 1;
@@ -40,6 +42,7 @@ function readOut(chart) {
     const top = document.createElement("b");
     top.textContent = `step ${step.toLocaleString("en")}`;
     box.append(top);
+    let more = 0;
     data.series.forEach((series, i) => {
       const ends = [series.points[0][0], series.points[series.points.length - 1][0]];
       dots[i].hidden = !on.includes(series) || step < ends[0] || step > ends[1];
@@ -48,10 +51,11 @@ function readOut(chart) {
       dots[i].style.left = `${100 * (x - first) / (last - first)}%`;
       dots[i].style.bottom = `${100 * height(y)}%`;
       const row = document.createElement("span");
-      row.textContent = data.many ? `${series.name}  ${figures(y)}` : figures(y);
+      row.textContent = data.many ? `${short(series.name)}  ${figures(y)}` : figures(y);
       if (data.many) row.className = `key s${series.place % 6}`;
-      box.append(row);
+      if (box.childElementCount <= MOST_READ) box.append(row); else more += 1;
     });
+    if (more) box.append(`and ${more} more: hide runs by their names`);
     const share = (step - first) / (last - first);
     line.style.left = `${100 * share}%`;
     line.hidden = box.hidden = false;

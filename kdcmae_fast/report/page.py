@@ -26,6 +26,7 @@ from kdcmae_fast.report.reading import MEGABYTE
 from kdcmae_fast.report.run import Run, read_runs
 from kdcmae_fast.report.training import facts
 
+NAMED_RUNS = 8  # below the title; the contents name all
 Entry = tuple[str, str, list[tuple[str, str]]]  # anchor, words, the same of what is below it
 
 
@@ -190,9 +191,12 @@ def _problems(run: Run) -> Markup | None:
     )
 
 
-def _subtitle(runs: Sequence[Run]) -> str:
+def _subtitle(runs: Sequence[Run]) -> Child:
     if len(runs) > 1:
-        return ", ".join(run.name for run in runs)
+        names = [element("bdi", run.name) for run in runs[:NAMED_RUNS]]
+        parts = [join([", ", name]) for name in names[1:]]
+        rest = len(runs) - len(names)
+        return join([names[0], *parts, f" and {rest} more" if rest else None])
     count = len(runs[0].evaluations)
     return f"{count} evaluation{'' if count == 1 else 's'}" if count else "no evaluations yet"
 

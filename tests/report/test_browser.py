@@ -1,6 +1,7 @@
 """The page in headless Chromium: every figure loads, nothing is blocked, its script works."""
 
 import html
+import json
 import os
 import re
 import shutil
@@ -39,6 +40,27 @@ addEventListener("load", () => {
   said.push(document.querySelector("dialog").open);
   said.push(document.documentElement.scrollWidth <= innerWidth);
   document.documentElement.dataset.said = said.join(" | ");
+});
+"""
+
+# What names of 200 letters and many runs may not do: widen the page, or fill it.
+SIZES = """
+addEventListener("load", () => {
+  const size = (what) => document.querySelector(what).getBoundingClientRect();
+  const drawing = document.querySelector(".drawing"), box = size(".drawing");
+  drawing.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width / 2}));
+  const table = document.querySelector(".compared");
+  table.scrollLeft = 9999;
+  const matrix = document.querySelector("img.matrix");
+  document.documentElement.dataset.said = [
+    document.documentElement.scrollWidth <= innerWidth,
+    size("header").height < 400,
+    size(".confusion").height < 500,
+    document.querySelector(".readout").childNodes.length,
+    size(".readout").width < 500,
+    table.scrollLeft > 99 && size(".compared tbody th[scope=row]").left >= size(".compared").left,
+    matrix.width / matrix.naturalWidth,
+  ].join(" | ");
 });
 """
 
@@ -100,13 +122,39 @@ def test_two_runs_with_linked_files(make_run, tmp_path):
     assert len(pixels(tmp_path / "page.png")[2]) > 300
 
 
-def test_what_a_person_does(make_run, tmp_path):
-    page = write_report([make_run(), make_run("second")], tmp_path / "report.html")
-    policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')  # bars our script too
+def with_script(page: Path, script: str) -> None:
+    """Put a script at the end of a page, and take away the policy that bars it."""
+    policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
     body, removed = policy.subn("", page.read_text(encoding="utf-8"))
     assert removed == 1
-    body = body.replace("</body>", f"<script>{PERSON}</script></body>")
+    body = body.replace("</body>", f"<script>{script}</script></body>")
     page.write_text(body, encoding="utf-8")
+
+
+def test_long_names_and_many_runs(make_run, tmp_path):
+    """On a page for a desk and on one for a phone."""
+    runs = [make_run("L" * 200), *(make_run(f"run {place}") for place in range(2, 20))]
+    probe = runs[0] / "probe" / "metrics.json"
+    metrics = json.loads(probe.read_text())
+    names = ["L" * 200, "</script><b>", "rain"]
+    probe.write_text(json.dumps({**metrics, "class_names": names, "tested_on": "L" * 200}))
+    probe = runs[1] / "probe" / "metrics.json"
+    large = {"confusion": [[int(row == col) for col in range(50)] for row in range(50)]}
+    probe.write_text(json.dumps({**metrics, **large, "class_names": None}))
+    page = write_report(runs, tmp_path / "report.html")
+    with_script(page, SIZES)
+    step, twelve, more = 1, 12, 1
+    for width, zoom in ((1280, 580 // 50 + 1), (500, None)):
+        shown = browse(page, width)
+        assert shown["errors"] == "" and shown["console"] == []
+        *fits, enlarged = shown["said"].split(" | ")
+        assert fits == ["true"] * 3 + [str(step + twelve + more)] + ["true"] * 2
+        assert zoom is None or float(enlarged) == zoom
+
+
+def test_what_a_person_does(make_run, tmp_path):
+    page = write_report([make_run(), make_run("second")], tmp_path / "report.html")
+    with_script(page, PERSON)
     shown = browse(page, 500)
     assert shown["figures"] == "50 of 50 loaded, 0 failed"
     assert shown["errors"] == "" and shown["console"] == []

@@ -105,7 +105,7 @@ def test_two_runs_are_compared(page, make_run):
         make_run("second", floor=2.5, steps=600, recall=0.81, accuracy=0.75, lr=0.001),
     )
     text = shown.text
-    assert "2 runs compared" in text and "first, second" in text
+    assert "2 runs compared" in text and "first , second" in text
     assert row(text, "samples").startswith("19,200 38,400")
     assert row(text, "total loss").startswith("3 best 2.500")
     assert row(text, "self-distillation loss").startswith("0.010 0.010")
