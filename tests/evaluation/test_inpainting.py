@@ -257,6 +257,17 @@ def test_a_hidden_modality_is_told_from_the_other_and_from_another_clip_s(model_
     )
 
 
+def test_one_clip_has_no_other_to_be_told_from(model_folder, tmp_path):
+    source = EvaluationSource(checkpoint=str(model_folder), num_clips=1, device="cpu")
+    metrics = inpaint(source, tmp_path, hiding=Hiding(hide="audio"), num_pictures=0)
+    assert metrics["errors"]["audio"]["other_clip"] == {"loss": None, "shown": None}
+    assert list(metrics["headline"]) == [
+        "audio error", "audio error, true mean of each patch",
+    ]  # fmt: skip
+    table = inpainting_table(metrics)
+    assert "true mean of each patch" in table and "other" not in table and "another" not in table
+
+
 def test_several_views_and_a_model_without_norm_pix(make_model, tmp_path):
     make_model(norm_pix_loss=False).save_pretrained(tmp_path / "model")
     source = EvaluationSource(checkpoint=str(tmp_path / "model"), num_clips=1)
