@@ -157,6 +157,9 @@ def test_convert_there_and_back(kdcmae, model_folder, tmp_path):
     assert (folder / "model.safetensors").read_bytes() == before
     assert json.loads((folder / "config.json").read_text())["config"]["distill"]["on"] == "off"
     assert kdcmae("convert", model_folder, published, "--name", "cav_mae")[0] == 1
+    code, out, err = kdcmae("convert", published, published)
+    assert (code, out) == (1, "")
+    assert err == f"error: OUT {published}: {published} is a file; give a folder\n"
 
 
 def test_backends_names_every_op(kdcmae):

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kdcmae_fast.messages import require_folder
 from kdcmae_fast.models.build import (
     CLASSIFIER_CLASSES,
     Model,
@@ -151,6 +152,8 @@ def convert_checkpoint(
     """A published file to a model folder, or a model folder to a published file.
 
     name, config_overrides: as in `load_published`; they do not apply to a model folder.
+
+    Raises ValueError before anything is read where a model folder cannot be written.
     """
     if Path(source).is_dir():
         if name is not None or config_overrides:
@@ -158,6 +161,8 @@ def convert_checkpoint(
             raise ValueError(f"{source} is a model folder with its own settings; drop {given}")
         export_published(from_pretrained(source), target)
     else:
+        if Path(source).is_file():
+            require_folder(target, "OUT")
         load_published(source, name, **config_overrides).save_pretrained(target)
 
 
