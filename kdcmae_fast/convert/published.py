@@ -162,7 +162,7 @@ def convert_checkpoint(
         export_published(from_pretrained(source), target)
     else:
         if Path(source).is_file():
-            require_folder(target, "OUT")
+            require_folder(Path(target), "OUT")
         load_published(source, name, **config_overrides).save_pretrained(target)
 
 

@@ -238,8 +238,8 @@ def inpainting_table(metrics: Mapping[str, Any]) -> str:
         " " * width + "".join(f"{'loss':>13}{units[name]:>11}" for name in shown),
     ]
     for kind, label in LABELS.items():
-        found = [errors[name].get(kind) for name in shown]
-        found = [error if error and error["loss"] is not None else None for error in found]
+        known = (errors[name].get(kind) for name in shown)
+        found = [error if error and error["loss"] is not None else None for error in known]
         if any(found):
             cells = (f"{e['loss']:13.4f}{e['shown']:11.4f}" if e else " " * 24 for e in found)
             lines.append((f"{label:{width}}" + "".join(cells)).rstrip())
