@@ -62,7 +62,8 @@ def _value_and_grads(op: Callable[..., Tensor], leaves: tuple[Tensor, ...]) -> l
     leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
     out = op(*leaves)
     generator = torch.Generator().manual_seed(1)
-    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    cotangent = cotangent.to(out.device, out.dtype)
     return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
 
 

@@ -19,6 +19,16 @@ GRIDS = {
 pytestmark = pytest.mark.triton
 
 
+@pytest.fixture
+def large_blocks(triton_device, monkeypatch):
+    """Fewer and larger programs: the interpreter pays by the program. No registers hold them."""
+    if triton_device == "cpu":
+        from kdcmae_fast.kernels.masking import kernel
+
+        monkeypatch.setattr(kernel, "BLOCK_T", 1024)
+        monkeypatch.setattr(kernel, "BLOCK_S", 256)
+
+
 def both(device, sample_ids, grid, ratio=0.75, **options):
     """The plan by Triton on `device` and by the reference, both on the CPU."""
     ours = complementary_masks(
@@ -51,12 +61,7 @@ def test_token_counts(grid, triton_device):
 
 
 @pytest.mark.parametrize("grid", [(8, 64), (35, 16), (1568,)])
-def test_many_tokens(grid, triton_device, monkeypatch):
-    from kdcmae_fast.kernels.masking import kernel
-
-    # Fewer and larger programs: the interpreter pays by the program.
-    monkeypatch.setattr(kernel, "BLOCK_T", 1024)
-    monkeypatch.setattr(kernel, "BLOCK_S", 256)
+def test_many_tokens(grid, triton_device, large_blocks):
     assert_equal(*both(triton_device, torch.tensor([3]), grid))
 
 
@@ -100,11 +105,7 @@ def test_noise(dtype, triton_device):
 
 
 @pytest.mark.parametrize("case", GOLDEN["plans"], ids=lambda case: case["name"])
-def test_golden(case, triton_device, monkeypatch):
-    from kdcmae_fast.kernels.masking import kernel
-
-    monkeypatch.setattr(kernel, "BLOCK_T", 512)
-    monkeypatch.setattr(kernel, "BLOCK_S", 128)
+def test_golden(case, triton_device, large_blocks):
     ids = torch.tensor(case["sample_ids"][:1], device=triton_device)
     plan = complementary_masks(
         ids, tuple(case["grid"]), case["mask_ratio"], num_views=1, mode=case["mode"],

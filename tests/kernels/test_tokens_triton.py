@@ -64,13 +64,8 @@ def test_gather_equals_torch(dtype, triton_device):
 def test_gather_gradient_equals_torch(dtype, dim, triton_device, value_and_grads):
     plan = make_plan(2, (4, 6), triton_device, views=3)
     x = torch.randn(2, 24, dim).to(triton_device, dtype)
-    if triton_device == "cuda":
-        x.requires_grad_()
-        outputs = [gather_tokens(x, plan, impl=impl) for impl in ("triton", "torch")]
-        results, expected = ([y, *torch.autograd.grad(y.sum(), x)] for y in outputs)
-    else:
-        results = value_and_grads(lambda x: gather_tokens(x, plan, impl="triton"), (x,))
-        expected = value_and_grads(lambda x: gather_tokens(x, plan, impl="torch"), (x,))
+    results = value_and_grads(lambda x: gather_tokens(x, plan, impl="triton"), (x,))
+    expected = value_and_grads(lambda x: gather_tokens(x, plan, impl="torch"), (x,))
     assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
 
 
