@@ -38,8 +38,8 @@ def described(a: torch.Tensor, strategy: str) -> str:
 @EVERY
 def test_published(strategy, sides, benchmark, record):
     """A sample of pairs, extrapolated to all pairs of both directions."""
-    a, b = sides
-    few = a[:6].cpu(), b[:6].cpu()
+    a, b = (x.cpu() for x in sides)
+    few = a[:6], b[:6]
     found = published.ranks(published.similarity(*few, strategy)) + 1
     ours = retrieval_scores(*few, strategy=strategy, ties="optimistic").audio_to_video
     assert ours.recall[1] == (found == 1).double().mean()

@@ -61,8 +61,8 @@ def eager_ranks(a: torch.Tensor, b: torch.Tensor, strategy: str) -> torch.Tensor
 @EVERY
 def test_published_loop(strategy, sides, benchmark, record):
     """Not through `measure`: a sample of pairs, extrapolated to all pairs of both directions."""
-    a, b = sides
-    few = (a[:6].cpu(), b[:6].cpu())
+    a, b = (x.cpu() for x in sides)
+    few = a[:6], b[:6]
     same = published.similarity(*few, strategy)
     ours = kernels.frame_similarity(*(x.double() for x in few), strategy=strategy)
     torch.testing.assert_close(same, ours, rtol=1e-5, atol=1e-6)
