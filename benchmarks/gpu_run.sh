@@ -15,7 +15,11 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 DS_BUILD_OPS=0
 
 stage=all
-case ${1:-} in all | verify | ops | step | report) stage=$1; shift ;; esac
+case ${1:--} in
+    all | verify | ops | step | report) stage=$1; shift ;;
+    -*) ;;
+    *) echo "error: stage $1 is not one of all, verify, ops, step, report" >&2; exit 1 ;;
+esac
 files=()
 while [ $# -gt 0 ] && [ -e "${1%%::*}" ]; do files+=("$1"); shift; done
 extra=("$@")
@@ -78,7 +82,8 @@ verify() {
     printf '%s\n' "${chosen[@]}" | xargs -P "$JOBS" -I FILE bash -c '
         left=$((limit - $(date +%s) + '"$(date +%s)"'))
         [ $left -gt 0 ] || { echo "FILE: not started, no time is left"; exit 1; }
-        run "$folder/$(basename FILE .py).log" $left python3 -m pytest FILE -m "triton or gpu" \
+        marks=gpu; case FILE in tests/kernels/*) marks="triton or gpu" ;; esac
+        run "$folder/$(basename FILE .py).log" $left python3 -m pytest FILE -m "$marks" \
             -q --tb=short -p no:cacheprovider "$@"' verify "${extra[@]}"
     code=$?
     logs "$folder"
