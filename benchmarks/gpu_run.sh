@@ -70,25 +70,35 @@ verify() {
         for file in tokens head_reconstruction similarity distillation contrastive max_pooled; do
             chosen+=("tests/kernels/test_${file}_triton.py")
         done
-        for file in tests/kernels/test_*_triton.py tests/kernels/test_attention.py \
+        for file in tests/kernels/test_{large,attention}.py tests/kernels/test_*_triton.py \
             tests/dropin/test_mae.py tests/data/test_fbank.py tests/data/test_augment.py; do
-            [[ " ${chosen[*]} " = *" $file "* ]] || chosen+=("$file")
+            [[ " ${chosen[*]} " = *" $file "* ]] && continue
+            has_needs "$file" && chosen+=("$file")
         done
     fi
-    if ! has hypothesis; then echo "skipped: test_masking_triton, hypothesis is not installed"; fi
     printf '\n=== verify: %s files, %s at once\n' ${#chosen[@]} "${JOBS:=$(jobs_at_once)}"
     # The limit is one for all: nobody starts after it, and who runs is stopped.
     export folder limit
     printf '%s\n' "${chosen[@]}" | xargs -P "$JOBS" -I FILE bash -c '
         left=$((limit - $(date +%s) + '"$(date +%s)"'))
         [ $left -gt 0 ] || { echo "FILE: not started, no time is left"; exit 1; }
-        marks=gpu; case FILE in tests/kernels/*) marks="triton or gpu" ;; esac
+        marks=gpu
+        case FILE in
+            */test_large.py) set -- "$@" -k triton; marks=large ;;
+            tests/kernels/*) marks="triton or gpu" ;;
+        esac
         run "$folder/$(basename FILE .py).log" $left python3 -m pytest FILE -m "$marks" \
             -q --tb=short -p no:cacheprovider "$@"' verify "${extra[@]}"
     code=$?
     logs "$folder"
     [ $code -eq 0 ] || failed+=("verify (exit $code)")
     printf '=== verify: %s s, exit %s\n' $((SECONDS - began)) $code
+}
+
+# has_needs FILE: whether the test's import of hypothesis works; says so where not.
+has_needs() {
+    grep -qE '^(from|import) hypothesis' "$1" || return 0
+    has hypothesis || { echo "skipped: $1, hypothesis is not installed"; return 1; }
 }
 
 jobs_at_once() { local cores; cores=$(nproc); echo $((cores < 3 ? 1 : cores / 2 > 8 ? 8 : cores / 2)); }

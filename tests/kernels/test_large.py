@@ -1,4 +1,9 @@
-"""More than 2^31 elements: offsets that wrap show only in the last sample. Up to 9 GB each."""
+"""More than 2^31 elements: offsets that wrap show only in the last sample. Up to 9 GB each.
+
+On a GPU `pytest tests/kernels/test_large.py -m large -k triton`; everything else is on the CPU.
+"""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,9 +17,24 @@ from kdcmae_fast.kernels import (
     gather_tokens,
     masked_reconstruction_loss,
 )
+from kdcmae_fast.kernels.common import unavailable
 
-OP = "gather_tokens"  # of the fixture impl; the other ops here have the same implementations
 pytestmark = [pytest.mark.large, pytest.mark.usefixtures("impl")]
+
+
+@pytest.fixture(params=("torch", "cpp", "triton"))
+def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """What impl="auto" takes; new tensors are where it runs."""
+    device = "cuda" if request.param == "triton" else "cpu"
+    problem = unavailable("gather_tokens", request.param, device)
+    if problem:
+        pytest.skip(problem)
+    monkeypatch.setenv("KDCMAE_IMPL", request.param)
+    # Makes at::empty, too, hand out memory filled with NaN.
+    torch.use_deterministic_algorithms(request.param == "cpp")
+    with torch.device(device):
+        yield request.param
+    torch.use_deterministic_algorithms(False)
 
 
 def make_plan(batch: int, grid: tuple[int, ...], ratio: float = 0.7, views: int = 2) -> MaskPlan:
@@ -83,7 +103,7 @@ def test_distillation_past_int32(impl):
     """2.2e9 features of each side in half precision: 9 GB."""
     if impl == "torch":
         pytest.skip("PyTorch's own ops make several float32 copies of 8.8 GB")
-    batch, width = 2_200, 1_000_003
+    batch, width = (264_000, 8191) if impl == "triton" else (2_200, 1_000_003)
     p = torch.zeros(batch, width, dtype=torch.float16)
     assert p.numel() > 2**31
     p[-1] = torch.randn(width)
