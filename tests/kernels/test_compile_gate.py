@@ -4,7 +4,7 @@ No GPU needed. compile_cases/<family>.py holds CASES: name -> (launch, expectati
 `launch()` calls the family's launcher with meta tensors and the expectations are, per kernel:
 `registers`, the most per thread, `contains`, instructions (or how they begin) that must occur,
 `contains_90` and the like, those of one architecture, and `lacks`, those that must not. Stack use
-and spills are never accepted.
+and spills are never accepted, nor more shared memory than there is.
 """
 
 import ast
@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "kernels"
 FILES = sorted((HERE / "compile_cases").glob("*.py"))
 ARCHES = (80, 90, 100)
+SHARED = {80: 163, 90: 227, 100: 227}  # KiB that one program may take; more fails at the launch
 KNOWN = {"registers", "contains", "lacks", *(f"contains_{arch}" for arch in ARCHES)}
 
 CASES = {name: case for file in FILES for name, case in runpy.run_path(str(file))["CASES"].items()}
@@ -34,6 +35,7 @@ def test_machine_code(arch, case, compiled):
         assert set(expected) <= KNOWN, f"{row['kernel']}: nobody reads {set(expected) - KNOWN}"
         assert row["registers"] <= expected["registers"], row
         assert row["stack"] == row["spills"] == 0, row
+        assert row["shared"] <= SHARED[arch] * 1024, row
         for name in expected.get("contains", []) + expected.get(f"contains_{arch}", []):
             found = any(each.startswith(name) for each in row["instructions"])
             assert found, f"no {name} in {row}"
