@@ -45,7 +45,7 @@ failed=()
 # run LOG SECONDS COMMAND...: into the log; what failed, and the last line, on the terminal too.
 run() {
     local own=$1 limit=$2 began=$SECONDS code; shift 2
-    timeout -k 10 "$limit" "$@" >"$own" 2>&1
+    timeout -s INT -k 15 "$limit" "$@" >"$own" 2>&1  # interrupted, pytest still says what failed
     code=$?
     if [ $code -eq 5 ]; then code=0; fi  # no test was left to run
     if [ $code -ne 0 ]; then
