@@ -1,7 +1,8 @@
 """Package map and the optional compiled extension; everything else is in pyproject.toml.
 
 Each op folder kernels/<family>/ installs as kdcmae_fast.kernels.<family>, so nothing lands in
-site-packages under the generic name `kernels`. The extension kdcmae_fast._C is an accelerator,
+site-packages under the generic name `kernels`; the recipes in configs/ install as
+kdcmae_fast/configs/ in the same way. The extension kdcmae_fast._C is an accelerator,
 never a requirement: without a compiler (or without torch at build time) the install is pure Python.
 
 KDCMAE_BUILD_EXT=0 leaves the extension out. CXX chooses the compiler.
@@ -92,12 +93,18 @@ EXT_MODULES, CMDCLASS = extension()
 
 setup(
     packages=find_packages(include=["kdcmae_fast", "kdcmae_fast.*"])
-    + [f"kdcmae_fast.kernels.{family}" for family in FAMILIES],
-    package_dir={
+    + [f"kdcmae_fast.kernels.{family}" for family in FAMILIES]
+    + ["kdcmae_fast.configs"],
+    package_dir={"kdcmae_fast.configs": "configs"}
+    | {
         f"kdcmae_fast.kernels.{family}": f"kernels/{family.replace('.', '/')}"
         for family in FAMILIES
     },
-    package_data={"kdcmae_fast": ["py.typed"], "kdcmae_fast.report": ["*.css", "*.js"]},
+    package_data={
+        "kdcmae_fast": ["py.typed"],
+        "kdcmae_fast.configs": ["*.yaml", "*.json"],
+        "kdcmae_fast.report": ["*.css", "*.js"],
+    },
     ext_modules=EXT_MODULES,
     cmdclass=CMDCLASS,
 )

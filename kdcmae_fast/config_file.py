@@ -26,6 +26,10 @@ Settings = dict[str, Any]  # nested: section -> key -> value
 AnyRunConfig = RunConfig | FinetuneRunConfig
 Config = TypeVar("Config", RunConfig, FinetuneRunConfig)
 
+# The recipes and DeepSpeed JSONs that come with the project: in a wheel they lie in the package.
+_installed = Path(__file__).with_name("configs")
+CONFIGS = _installed if _installed.is_dir() else Path(__file__).resolve().parents[1] / "configs"
+
 # Setting one of these drops the other from the layers below.
 EXCLUSIVE = {"steps": "epochs", "epochs": "steps"}
 
@@ -124,10 +128,17 @@ def with_defaults(
     return merge(merge(settings_of(kind()), below, exclusive=False), settings, exclusive=False)
 
 
+def find_config(path: str | Path) -> Path:
+    """`path`; a `configs/NAME` that is not there is the project's own, wherever one calls from."""
+    path = Path(path)
+    own = CONFIGS / path.name
+    return own if path.parts[:-1] == ("configs",) and not path.exists() and own.exists() else path
+
+
 def read_yaml(path: str | Path) -> Settings:
     """A YAML file's mapping; ValueError with file and line if it is not one."""
     try:
-        settings = yaml.load(Path(path).read_text(encoding="utf-8"), _CoreLoader)
+        settings = yaml.load(find_config(path).read_text(encoding="utf-8"), _CoreLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise ValueError(f"{path}, line {line}: {error.problem}") from error

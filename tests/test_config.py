@@ -134,6 +134,18 @@ def test_broken_recipes(tmp_path, text, message):
     assert str(path) in error_of(path)
 
 
+def test_the_projects_own_recipes_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/kdc_mae.yaml", ["data.path=a.json"]).name == "kdc_mae"
+    with pytest.raises(FileNotFoundError):
+        load_config("kdc_mae.yaml")
+    with pytest.raises(FileNotFoundError):
+        load_config(tmp_path / "configs" / "kdc_mae.yaml")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/kdc_mae.yaml").write_text("name: cav_mae\ntrain: {steps: 1}\n")
+    assert load_config("configs/kdc_mae.yaml").name == "cav_mae"
+
+
 def test_malformed_argument():
     assert "expected key=value" in error_of(MINIMAL, "train.steps")
     assert "is not a YAML value" in error_of(MINIMAL, "train.steps=[1")

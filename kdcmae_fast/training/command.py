@@ -6,15 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kdcmae_fast.config import RunConfig
-from kdcmae_fast.config_file import Config, Settings, load_settings
+from kdcmae_fast.config_file import CONFIGS, Config, Settings, load_settings
 from kdcmae_fast.finetune_config import FinetuneRunConfig
 from kdcmae_fast.messages import require_folder
 from kdcmae_fast.training.deepspeed_config import check_deepspeed_config, load_deepspeed_config
 from kdcmae_fast.training.run_folder import saved_settings
 from kdcmae_fast.training.start_model import with_start_model
 from kdcmae_fast.training.tracking import require_wandb
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"  # in a checkout
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdcmae_fast.config_file import Settings, did_you_mean, merge, parse_value
+from kdcmae_fast.config_file import Settings, did_you_mean, find_config, merge, parse_value
 
 OURS = {
     "optimizer": "optim.name, optim.lr, ...",
@@ -41,7 +41,7 @@ def load_deepspeed_config(path: str | Path, arguments: Sequence[str] = ()) -> Se
         FileNotFoundError: no such file.
     """
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = json.loads(find_config(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
     if not isinstance(config, dict):
