@@ -1,5 +1,6 @@
 """What a trained model is worth: features, retrieval, reconstruction pictures, loss curves."""
 
+from kdcmae_fast.data.datasets.boxes import ClipBoxes
 from kdcmae_fast.evaluation.attribution import attribution_maps
 from kdcmae_fast.evaluation.classification import ClassifySource, classify
 from kdcmae_fast.evaluation.export import export_features
@@ -33,6 +34,7 @@ from kdcmae_fast.evaluation.weight_average import average_weights
 
 __all__ = [
     "ClassifySource",
+    "ClipBoxes",
     "ClipFeatures",
     "ClipScore",
     "EvaluationSource",
@@ -41,7 +43,6 @@ __all__ = [
     "LocalizationSettings",
     "OffsetScore",
     "ProbeResult",
-    "RetrievalScores",
     "RetrievalScores",
     "Stretch",
     "attribution_maps",

@@ -103,7 +103,8 @@ def probe_features(
 ) -> dict[str, Any]:
     """Figures of a probe on features that are there already.
 
-    features: (N, D). labels: (N,) class numbers 0 ... C - 1. folds: who trains and who is tested.
+    features: (N, D). labels: (N,) class numbers 0 ... C - 1; tensors on the CPU will do. folds: who
+        trains and who is tested.
     names: of the C classes (None: their numbers). progress: a bar on stderr.
 
     Returns the figures of metrics.json: accuracy and balanced accuracy (the mean over the classes
@@ -111,6 +112,7 @@ def probe_features(
     frequent training class; confusion (C, C), true class by predicted, over all folds; and for
     each fold its own figures, the value selected and the validation curve.
     """
+    features, labels = np.asarray(features), np.asarray(labels)
     count = int(labels.max()) + 1
     names = [str(k) for k in range(count)] if names is None else names
     check_folds(folds, labels, names)
