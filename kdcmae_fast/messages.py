@@ -1,6 +1,7 @@
 """How the commands speak of mistakes: one line on stderr, the same form in all of them."""
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -11,6 +12,12 @@ from typing import NoReturn
 # Seconds that a process with nothing to add leaves the first one: as soon as one has ended, a
 # launcher ends the others, told or not.
 GRACE = 3.0
+EXTRAS = {  # package -> the extra of kdcmae-fast that brings it
+    **dict.fromkeys(("deepspeed", "tensorboard", "tqdm"), "train"),
+    **dict.fromkeys(("av", "soundfile", "PIL"), "data"),
+    "matplotlib": "plots",
+    **dict.fromkeys(("sklearn", "torchmetrics", "pyarrow"), "eval"),
+}
 
 
 class UsageError(Exception):
@@ -33,11 +40,28 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError) and text == f"No module named {error.name!r}":
+        return text + _install(error.name)
     foreseen = isinstance(error, ValueError | OSError | FloatingPointError | ImportError)
     if text and (foreseen or type(error).__module__.startswith("kdcmae_fast.")):
         return text
     name = type(error).__name__
     return f"{name}: {text} (--debug shows where)" if text else f"{name} (--debug shows where)"
+
+
+def require_packages(purpose: str, *packages: str) -> None:
+    """ModuleNotFoundError, saying what to install, unless all are there; imports none of them."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(
+                f"{purpose} needs the package {package}{_install(package)}", name=package
+            )
+
+
+def _install(module: str | None) -> str:
+    """What to do about a module that is not there, where an extra brings it."""
+    extra = EXTRAS.get((module or "").partition(".")[0])
+    return f"; `pip install kdcmae-fast[{extra}]`" if extra else ""
 
 
 def require_folder(path: str | Path, option: str = "--output") -> None:

@@ -1,9 +1,16 @@
 """Errors as one line: what is left of them, where they come from, the exit code."""
 
+import re
+import sys
+from pathlib import Path
+
 import pytest
 
-from kdcmae_fast.data import ClipError, TooManyBadClips
+from kdcmae_fast.config import DataConfig, ModelConfig
+from kdcmae_fast.data import ClipError, TooManyBadClips, open_dataset
+from kdcmae_fast.data.prepare import make_settings, prepare
 from kdcmae_fast.messages import (
+    EXTRAS,
     Parser,
     ToldElsewhere,
     UsageError,
@@ -23,6 +30,11 @@ from kdcmae_fast.messages import (
         (FileNotFoundError(2, "No such file", "a.yaml"), "a.yaml: No such file"),
         (FileNotFoundError("--checkpoint x is no folder"), "--checkpoint x is no folder"),
         (ModuleNotFoundError("plots need Matplotlib"), "plots need Matplotlib"),
+        (
+            ModuleNotFoundError("No module named 'tqdm'", name="tqdm"),
+            "No module named 'tqdm'; `pip install kdcmae-fast[train]`",
+        ),
+        (ModuleNotFoundError("No module named 'x'", name="x"), "No module named 'x'"),
         (TooManyBadClips("2 bad clips"), "2 bad clips"),
         (ClipError("a.mp4", "no audio"), "a.mp4: no audio"),
     ],
@@ -56,6 +68,24 @@ def test_output_is_checked_before_work(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="--output .*/file/x: .*/file is a file; give a folder"):
         require_folder(tmp_path / "file" / "x")
+
+
+@pytest.mark.parametrize("source, package", [("folder", "av"), ("sounds", "soundfile")])
+def test_clips_are_not_called_damaged_where_nothing_can_read_them(monkeypatch, source, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    data = DataConfig(source=source, path="nowhere")
+    with pytest.raises(ModuleNotFoundError, match=rf"{source} needs .* {package}; .*\[data\]`"):
+        open_dataset(data, ModelConfig(), seed=0)
+    with pytest.raises(ModuleNotFoundError, match=rf"kdcmae prepare needs .* {package}; "):
+        prepare(["nowhere"], "nowhere", make_settings("cav_mae"))
+
+
+def test_every_extra_has_its_packages():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    called = {"PIL": "pillow", "sklearn": "scikit-learn"}
+    for package, extra in EXTRAS.items():
+        (listed,) = re.findall(rf"^{extra} = \[(.*)\]$", text, re.MULTILINE)
+        assert f'"{called.get(package, package)}' in listed
 
 
 def test_usage_errors_name_the_help():

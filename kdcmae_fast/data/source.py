@@ -9,7 +9,14 @@ from kdcmae_fast.data.media import MediaOptions
 from kdcmae_fast.data.shards import ShardClips
 from kdcmae_fast.data.sounds import SoundClips
 from kdcmae_fast.data.synthetic import HELDOUT_CLIPS, HELDOUT_START, SyntheticClips
+from kdcmae_fast.messages import require_packages
 
+PACKAGES = {  # what reads the files of a source; all of the extra `data`
+    "manifest": ("soundfile", "PIL"),
+    "shards": ("soundfile", "PIL"),
+    "folder": ("av", "PIL"),
+    "sounds": ("soundfile",),
+}
 ROW_SECONDS = 0.01  # of one fbank row
 
 
@@ -19,6 +26,9 @@ def open_dataset(
     """The clips of `data`, in the model's sizes.
 
     split: "train", or "heldout" (synthetic clips only: 1000 that are never trained on).
+
+    Errors: ValueError for settings that do not go together or a list that is none;
+    ModuleNotFoundError where a package that reads these files is not installed.
     """
     if split not in ("train", "heldout"):
         raise ValueError(f"split={split!r} must be 'train' or 'heldout'")
@@ -47,6 +57,8 @@ def open_dataset(
             f"give another list or folder as data.path"
         )
     options = MediaOptions.of(data, model)
+    # Here, or every clip would count as damaged.
+    require_packages(f"data.source={data.source}", *PACKAGES.get(data.source, ()))
     if data.source == "manifest":
         return ManifestClips(data.path, data.label_csv, options, seed=seed)
     if data.source == "shards":

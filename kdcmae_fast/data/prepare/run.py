@@ -25,7 +25,7 @@ from kdcmae_fast.data.prepare.state import begin, json_text, locked, write_file
 from kdcmae_fast.data.prepare.units import Unit, UnitMaker, is_complete, probe, read_lines
 from kdcmae_fast.data.shards import finish_dataset
 from kdcmae_fast.data.shards.layout import LABELS, SHARDS
-from kdcmae_fast.messages import require_folder
+from kdcmae_fast.messages import require_folder, require_packages
 
 PROBED = 64  # videos whose length a process asks for at a time
 METRICS = "metrics.json"
@@ -75,11 +75,13 @@ def prepare(
     The files are a function of sources and settings, but for metrics.json: not of workers, shares
     or interruptions. Processes are started by `forkserver`: a script calls this under
     `if __name__ == "__main__"`. Raises ValueError for sources that are none, for settings or inputs
-    other than those the folder was begun with, and when no clip came out.
+    other than those the folder was begun with, and when no clip came out; ModuleNotFoundError
+    where a package that reads videos is not installed.
     """
     started = time.monotonic()
     root = Path(output)
     require_folder(root)
+    require_packages("kdcmae prepare", "av", "soundfile", "PIL")  # or every input would be damaged
     workers = workers or _cores()
     found = read_sources(sources, settings, media_root)
     if settings.cut == "all":
