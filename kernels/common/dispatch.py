@@ -19,7 +19,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 IMPLS = ("torch", "cpp", "triton", "cuda")
 NONE = "none"  # in `backends()`
-_MEANT_FOR = {"cpu": "cpp", "cuda": "triton"}  # missing there costs speed: said once per op
+_MEANT_FOR = {"cpu": "cpp", "cuda": "triton"}  # missing there costs speed: said once
 _OPS: dict[str, tuple[str, ...]] = {}
 
 
@@ -136,8 +136,14 @@ def _automatic(op: str, device: str, wanted: str | None) -> Backend:
             return Backend(impl, "; ".join([f"fastest available on {device}", *refused]))
         refused.append(f"not {impl}: {problem}")
         if impl == _MEANT_FOR.get(device):
-            log.warning("%s runs without %s: %s", op, impl, problem)
+            _say_once(impl, problem)
     raise AssertionError("unreachable: torch is always available")
+
+
+@functools.cache
+def _say_once(impl: str, problem: str) -> None:
+    """Log why ops run without `impl`: once, not once per op; `backends()` has a line for each."""
+    log.warning("ops run without %s: %s", impl, problem)
 
 
 INTERFACE = 2  # of the compiled ops; raised with kInterface in csrc when one comes or changes
