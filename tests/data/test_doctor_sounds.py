@@ -116,6 +116,11 @@ def test_what_a_path_holds(words, tmp_path):
     (folder / "x/film.mp4").touch()
     assert guess_source(str(folder)) == "folder"
     assert guess_source(str(folder), sounds=True) == "sounds"
+    (tmp_path / "train.json").write_text(json.dumps({"data": pictured}))
+    (tmp_path / "frame_0").mkdir()  # as `kdcmae prepare --layout cav_mae` leaves a folder
+    with pytest.raises(ValueError, match=r"CAV-MAE's layout; give its list, .*/train\.json$"):
+        guess_source(str(tmp_path))
+    assert guess_source(str(tmp_path), sounds=True) == "sounds"
 
 
 def test_the_command(words, tmp_path, capsys):

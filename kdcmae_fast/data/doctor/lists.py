@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 from kdcmae_fast.config import DataConfig
 from kdcmae_fast.data.folder import EXTENSIONS as VIDEO_EXTENSIONS
 from kdcmae_fast.data.manifest import PLACEHOLDER
+from kdcmae_fast.data.prepare.cav_mae import TRAIN
 from kdcmae_fast.data.shards.layout import DATASET, LABELS, SHARDS, read_dataset, read_index
 from kdcmae_fast.data.sounds import EXTENSIONS as SOUND_EXTENSIONS
 
@@ -55,6 +56,8 @@ def guess_source(path: str, *, sounds: bool = False) -> Source:
         )
     if (target / DATASET).exists() or (target / SHARDS).is_dir():
         return "shards"
+    if not sounds and (target / TRAIN).is_file() and (target / "frame_0").is_dir():
+        raise ValueError(f"{path}: a dataset in CAV-MAE's layout; give its list, {target / TRAIN}")
     found = {os.path.splitext(name)[1].lower() for _, _, names in os.walk(target) for name in names}
     if found & SOUND_EXTENSIONS and (sounds or not found & VIDEO_EXTENSIONS):
         return "sounds"
