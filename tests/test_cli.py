@@ -55,6 +55,16 @@ def test_every_command_has_help(kdcmae, command):
     assert "default: None" not in out
 
 
+@pytest.mark.parametrize("command", sorted(SCRIPTS))
+def test_scripts_have_help_under_the_name_they_are_called_by(kdcmae, command):
+    pytest.importorskip("deepspeed")
+    code, out, _ = kdcmae(command, "--help")
+    assert code == 0
+    assert out.startswith(f"usage: kdcmae {command}")
+    assert f"default runs/{command}" in out
+    assert f"(see kdcmae {command} --help)" in kdcmae(command, "--bogus")[2]
+
+
 def test_help_states_defaults(kdcmae):
     out = " ".join(kdcmae("retrieve", "--help")[1].split())
     for text in (

@@ -121,14 +121,14 @@ def parse(words: list[str]) -> bool:
     script = next((i for i, w in enumerate(words) if w.startswith("kdcmae_fast/")), None)
     if script is not None:
         assert (ROOT / words[script]).is_file()
-        _parser("script", "", "").parse_intermixed_args(words[script + 1 :])
+        _parser("script", "", "", "script").parse_intermixed_args(words[script + 1 :])
         return True
     if "kdcmae_fast" in words:  # -m or --module
         words = ["kdcmae", *words[words.index("kdcmae_fast") + 1 :]]
     if words[0] != "kdcmae":
         return False
     command, *rest = words[1:]
-    parser = _parser("script", "", "") if command in SCRIPTS else build_parser(command)
+    parser = _parser("script", "", "", "script") if command in SCRIPTS else build_parser(command)
     parser.parse_intermixed_args(rest)
     return True
 

@@ -20,6 +20,7 @@ def run_script(
 ) -> int:
     """Parse `arguments` (None: those of this process) and `run` them; returns the exit code.
 
+    name: of the script, and of the command that hands it its arguments.
     demo: the recipe when none is given.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -28,8 +29,9 @@ def run_script(
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     # DeepSpeed calls collectives by names that torch is about to retire.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    prog = f"{name}.py" if arguments is None else f"kdcmae {name}"
     try:
-        options = _parser(name, description, demo).parse_intermixed_args(given)
+        options = _parser(name, description, demo, prog).parse_intermixed_args(given)
         if options.local_rank >= 0:
             os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
         run(options)
@@ -38,9 +40,9 @@ def run_script(
     return 0
 
 
-def _parser(name: str, description: str, demo: str) -> argparse.ArgumentParser:
+def _parser(name: str, description: str, demo: str, prog: str) -> argparse.ArgumentParser:
     parser = Parser(
-        prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("settings", nargs="*", metavar="key=value", help="settings on top of the recipe's")
