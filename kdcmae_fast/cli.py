@@ -169,6 +169,8 @@ def _convert(options: argparse.Namespace) -> None:
     found: dict[str, Any] = {}
     for setting in options.settings:
         key, value = parse_argument("model." + setting.removeprefix("model."))
+        if key in ("model.name", "model.source", "model.target"):  # `convert_checkpoint`'s own
+            raise ValueError(f"argument {setting}: no setting of a model (the system is --name)")
         for part in reversed(key.split(".")):
             value = {part: value}
         merge(found, value)

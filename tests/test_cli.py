@@ -57,7 +57,7 @@ def test_every_command_has_help(kdcmae, command):
 
 @pytest.mark.parametrize("command", sorted(SCRIPTS))
 def test_scripts_have_help_under_the_name_they_are_called_by(kdcmae, command):
-    pytest.importorskip("deepspeed")
+    pytest.importorskip(SCRIPTS[command])
     code, out, _ = kdcmae(command, "--help")
     assert code == 0
     assert out.startswith(f"usage: kdcmae {command}")
@@ -90,6 +90,7 @@ def test_help_states_defaults(kdcmae):
         (["retrieve", "--checkpoint", ".", "--device", "cpu"], "has no model.safetensors; give"),
         (["convert", "nowhere.pth", "out"], "nowhere.pth is not a file"),
         (["convert", "nowhere.pth", "out", "num_heads"], "expected key=value"),
+        (["convert", "nowhere.pth", "out", "name=x"], "argument name=x: no setting of a model"),
         (["settings", "model.embed_dims"], "no setting model.embed_dims; did you mean model.embed"),
         (["settings", "--bogus"], "unrecognized arguments: --bogus"),
     ],
