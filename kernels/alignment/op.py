@@ -12,6 +12,7 @@ from ..common import (
     check_dtype,
     check_ndim,
     compute_dtype,
+    distinct,
     register_op,
     resolve,
     without_autocast,
@@ -75,7 +76,7 @@ def mmd_loss(
         return _plain(x, y, variant, gammas)
     options = _Options(variant, gammas, powers)
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        return _FusedLoss.apply(x, y, options, impl)
+        return _FusedLoss.apply(*distinct(x, y), options, impl)
     return _LOSS[impl](x, y, *options)
 
 

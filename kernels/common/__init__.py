@@ -12,6 +12,7 @@ from .dispatch import (
     resolve,
     unavailable,
 )
+from .distinct import distinct
 from .precision import compute_dtype, without_autocast
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "check_number",
     "check_shape",
     "compute_dtype",
+    "distinct",
     "extension_problem",
     "implementations",
     "register_op",

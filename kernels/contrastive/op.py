@@ -12,6 +12,7 @@ from ..common import (
     check_ndim,
     check_shape,
     compute_dtype,
+    distinct,
     register_op,
     without_autocast,
 )
@@ -89,7 +90,7 @@ def _pair_losses(a: Tensor, b: Tensor, tau: Tensor, options: Options) -> tuple[T
     if a.shape[0] == 0:
         empty = a.sum(1).to(tau.dtype) + b.sum(1).to(tau.dtype)
         return empty, empty.detach()
-    return _PairLosses.apply(a, b, tau, options)
+    return _PairLosses.apply(*distinct(a, b), tau, options)
 
 
 class _PairLosses(torch.autograd.Function):

@@ -13,6 +13,7 @@ from ..common import (
     check_number,
     check_shape,
     compute_dtype,
+    distinct,
     register_op,
     resolve,
 )
@@ -64,7 +65,7 @@ def distillation_loss(
     if impl == "torch":
         rows = _rows(p, q, divergence, distribution, temperature)
     else:
-        rows = _FusedRows.apply(p, q, (divergence, distribution, temperature), impl)
+        rows = _FusedRows.apply(*distinct(p, q), (divergence, distribution, temperature), impl)
     return rows.sum() / max(1, p.shape[0]) if reduction == "mean" else rows
 
 

@@ -11,6 +11,7 @@ from ..common import (
     check_dtype,
     check_ndim,
     compute_dtype,
+    distinct,
     register_op,
     resolve,
     without_autocast,
@@ -76,7 +77,7 @@ def frame_similarity(
     with without_autocast(a.device):
         if impl == "torch":
             return reference.frame_similarity(a, b, strategy, normalize, dtype)
-        return _FusedScores.apply(a, b, strategy, normalize, impl)
+        return _FusedScores.apply(*distinct(a, b), strategy, normalize, impl)
 
 
 def retrieval_ranks(

@@ -44,15 +44,9 @@ class FusedAssembleDecoderInput(torch.autograd.Function):
     position. The plans are `rank_of_token`, one per segment."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        mask_token: Tensor,
-        pos_embed: Tensor,
-        segments: Segments,
-        impl: str,
-        *rank_of_token: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        # Not named in the signature for the reason that `AssembleDecoderInput` gives.
+        x, mask_token, pos_embed, segments, impl, *rank_of_token = inputs
         ctx.save_for_backward(*rank_of_token)
         ctx.segments, ctx.impl, ctx.x_dtype = segments, impl, x.dtype
         ctx.mask_dtype, ctx.pos_dtype = mask_token.dtype, pos_embed.dtype
@@ -61,8 +55,8 @@ class FusedAssembleDecoderInput(torch.autograd.Function):
         # Positions in float64 make the whole addition one in float64, rounded once.
         inner = wide if wide == torch.float64 else dtype
         filler = (mask_token.to(wide) + pos_embed).to(inner)
-        plans = list(rank_of_token)
-        y = ASSEMBLE[impl](x.to(inner), pos_embed.to(wide), filler, plans, *_static(segments))
+        static = _static(segments)
+        y = ASSEMBLE[impl](x.to(inner), pos_embed.to(wide), filler, rank_of_token, *static)
         return y.to(dtype)
 
     @staticmethod

@@ -6,6 +6,7 @@ The maths is that of `reference.py`. Beyond inputs that live anyway, nothing is 
 int16 plans instead of int64 indices, pixels instead of patches.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -198,7 +199,7 @@ class Segments(NamedTuple):
     num_views: int
     released: bool
 
-    def positions(self, token_of_rank: tuple[Tensor, ...], *, masked: bool) -> Tensor:
+    def positions(self, token_of_rank: Sequence[Tensor], *, masked: bool) -> Tensor:
         """(K, B, n): places in the joint sequence of the visible tokens, or of the mask tokens."""
         tokens_of = masked_tokens if masked else visible_tokens
         parts, offset = [], 0
@@ -214,19 +215,15 @@ class AssembleDecoderInput(torch.autograd.Function):
     """Mask token + positions broadcast to all rows, then the visible tokens put over them."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        mask_token: Tensor,
-        pos_embed: Tensor,
-        segments: Segments,
-        *token_of_rank: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        # Named parameters, with ctx as many as the arguments of two segments, would make
+        # torch.compile leave ctx out where nothing requires a gradient.
+        x, mask_token, pos_embed, segments, *token_of_rank = inputs
         ctx.save_for_backward(*token_of_rank)
         ctx.segments, ctx.x_dtype = segments, x.dtype
         ctx.mask_dtype, ctx.pos_dtype = mask_token.dtype, pos_embed.dtype
         dtype = torch.promote_types(x.dtype, mask_token.dtype)
-        rows, length, dim = x.shape[0], *pos_embed.shape
+        rows, (length, dim) = x.shape[0], pos_embed.shape
         places = segments.positions(token_of_rank, masked=False)
         visible = pos_embed.index_select(0, places.flatten())
         if visible.dtype == torch.promote_types(dtype, pos_embed.dtype):

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..common import check_dtype, check_ndim, check_shape, register_op, resolve
+from ..common import check_dtype, check_ndim, check_shape, distinct, register_op, resolve
 from ..masking import MaskPlan
 from . import reference
 from .fused import FusedAssembleDecoderInput, FusedGatherTokens
@@ -113,9 +113,9 @@ def assemble_decoder_input(
     keeps = tuple(plan.len_keep for plan in plans)
     segments = Segments(keeps, plans[0].num_views, restore == "released")
     if impl == "torch":
-        orders = [plan.token_of_rank for plan in plans]
+        orders = distinct(*(plan.token_of_rank for plan in plans))
         return AssembleDecoderInput.apply(x, mask_token, pos_embed, segments, *orders)
-    ranks = [plan.rank_of_token for plan in plans]
+    ranks = distinct(*(plan.rank_of_token for plan in plans))
     return FusedAssembleDecoderInput.apply(x, mask_token, pos_embed, segments, impl, *ranks)
 
 
