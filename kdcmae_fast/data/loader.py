@@ -34,13 +34,25 @@ from kdcmae_fast.data.frontend import RawBatch
 from kdcmae_fast.data.order import StepOrder
 from kdcmae_fast.data.pairs import read_pairs
 from kdcmae_fast.data.sampling import sampling_weights
+from kdcmae_fast.messages import one_line
 
 MAX_SUBSTITUTES = 50  # clips tried in place of one bad clip before the run stops
 PREFETCH = 4  # batches each worker keeps ready
 
 
-class _Steps(Dataset[RawBatch | str]):
-    """Item s is rank `rank`'s RawBatch of micro step s, or the message of a fatal error."""
+class DatasetLost(RuntimeError):
+    """The dataset itself, rather than a clip of it, cannot be read any more."""
+
+
+class WorkerLost(RuntimeError):
+    """A process that reads clips ahead has ended."""
+
+
+Fatal = TooManyBadClips | DatasetLost
+
+
+class _Steps(Dataset[RawBatch | Fatal]):
+    """Item s is rank `rank`'s RawBatch of micro step s, or what ends the run."""
 
     def __init__(
         self,
@@ -59,16 +71,16 @@ class _Steps(Dataset[RawBatch | str]):
         self.rank = rank
         self._epoch_order: tuple[int, Tensor] | None = None
 
-    def __getitem__(self, step: int) -> RawBatch | str:
-        # A message instead of an exception: from a worker that would arrive as a traceback.
+    def __getitem__(self, step: int) -> RawBatch | Fatal:
+        # Returned, not raised: from a worker that would arrive as a traceback.
         epoch, start = self.order.place(step)
         start += self.rank * self.size
         bad: list[BadClip] = []
         try:
             clips = [self._clip(epoch, start + slot, bad) for slot in range(self.size)]
             augment = self._augment(epoch, start, clips, bad) if is_augmenting(self.data) else None
-        except TooManyBadClips as error:
-            return str(error)
+        except (TooManyBadClips, DatasetLost) as error:
+            return error
         return collate(clips, tuple(bad), augment)
 
     def _read(self, index: int, visit: int) -> Clip:
@@ -120,6 +132,8 @@ class _Steps(Dataset[RawBatch | str]):
             except ClipError as error:
                 bad.append(BadClip(error.video_id, error.reason))
                 reasons.append(str(error))
+            except (OSError, ValueError) as error:
+                raise DatasetLost(one_line(error)) from error
         raise TooManyBadClips(
             f"no readable clip for one slot of a batch: {len(reasons)} tried of "
             f"{self.order.num_clips}, batches of {self.order.global_size} over all ranks; "
@@ -141,18 +155,30 @@ class Loader:
     """Endless iterable of RawBatch; iterating again starts over at the same step.
 
     steps_per_epoch: micro steps. num_clips: size of the dataset.
-    Iterating raises TooManyBadClips when no readable clip is found for a slot.
+    Iterating raises TooManyBadClips when no readable clip is found for a slot, DatasetLost when the
+    dataset itself cannot be read any more, WorkerLost when a worker has died.
     """
 
-    def __init__(self, batches: DataLoader[RawBatch | str], order: StepOrder) -> None:
+    def __init__(self, batches: DataLoader[RawBatch | Fatal], order: StepOrder) -> None:
         self._batches = batches
         self.num_clips = order.num_clips
         self.steps_per_epoch = order.steps_per_epoch
 
     def __iter__(self) -> Iterator[RawBatch]:
-        for batch in self._batches:
-            if isinstance(batch, str):
-                raise TooManyBadClips(batch)
+        batches = iter(self._batches)
+        while True:
+            try:
+                batch = next(batches)
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                if self._batches.num_workers == 0 or "Original Traceback" in str(error):
+                    raise
+                said = " ".join(str(error).split())
+                raise WorkerLost(
+                    f"a loader process has died ({said}); was it killed for want of memory? "
+                    "data.num_workers sets how many there are"
+                ) from error
+            if isinstance(batch, TooManyBadClips | DatasetLost):
+                raise batch
             yield batch
 
 

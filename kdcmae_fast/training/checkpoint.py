@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed as dist
 
-from kdcmae_fast.training.distributed import World
+from kdcmae_fast.training.distributed import World, is_lost_peer
 
 SAVING = ".saving"  # the checkpoint being written
 TRASH = ".trash"  # the checkpoint being removed
@@ -36,6 +36,7 @@ class Progress(NamedTuple):
 
     step: optimizer steps done. samples: clips consumed by all ranks.
     world_size, samples_per_step, zero_stage: how it ran. bad_clips: [video id, reason] pairs.
+    num_clips: of the dataset; None in checkpoints that do not tell.
     """
 
     step: int
@@ -44,6 +45,7 @@ class Progress(NamedTuple):
     samples_per_step: int
     zero_stage: int
     bad_clips: list[list[str]]
+    num_clips: int | None = None
 
 
 def save_checkpoint(
@@ -60,9 +62,33 @@ def save_checkpoint(
 
     untrained: tensors of the model that the engine keeps no fp32 copy of.
     settings: the run's resolved configuration, stored beside the state.
+    Raises OSError naming the checkpoint when it cannot be written; those before it stay.
     """
-    saving = folder / SAVING
     final = folder / f"{PREFIX}{progress.step}"
+    try:
+        _write(engine, folder, final, progress, world, untrained, settings)
+    except (OSError, RuntimeError) as error:
+        if is_lost_peer(error):
+            raise
+        shutil.rmtree(folder / SAVING, ignore_errors=True)  # on a full disk others need the room
+        raise OSError(_unwritten(final, error)) from error
+    if world.is_main:
+        for old in complete_checkpoints(folder)[keep:]:
+            _discard(old)
+    dist.barrier()
+    return final
+
+
+def _write(
+    engine: Any,
+    folder: Path,
+    final: Path,
+    progress: Progress,
+    world: World,
+    untrained: dict[str, torch.Tensor],
+    settings: Any,
+) -> None:
+    saving = folder / SAVING
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(saving, ignore_errors=True)
@@ -81,30 +107,46 @@ def save_checkpoint(
         saving.rename(final)
         _flush(folder)
         write_text(folder / "latest", final.name)
-        for old in complete_checkpoints(folder)[keep:]:
-            _discard(old)
-    dist.barrier()
-    return final
+
+
+def _unwritten(checkpoint: Path, error: Exception) -> str:
+    """One line about a checkpoint that could not be written, and the way on."""
+    reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+    folder = checkpoint.parent
+    if folder.is_dir():
+        reason += f"; {shutil.disk_usage(folder).free / 2**20:,.0f} MiB free there"
+    before = complete_checkpoints(folder)
+    way = f"--resume goes on from {before[0].name}" if before else "there is none before it"
+    return f"{checkpoint}: cannot be written ({reason}); make room or give another --output; {way}"
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, newest first; damaged ones are named in the log."""
     found = []
-    for path in folder.glob(f"{PREFIX}*"):
-        number = path.name.removeprefix(PREFIX)
-        if number.isdecimal():
-            problem = _problem(path)
-            if problem:
-                logger.warning("checkpoint %s is passed over: %s", path, problem)
-            else:
-                found.append((int(number), path))
-    return [path for _, path in sorted(found, reverse=True)]
+    for path in checkpoint_folders(folder):
+        problem = _problem(path)
+        if problem:
+            logger.warning("checkpoint %s is passed over: %s", path, problem)
+        else:
+            found.append(path)
+    return found
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, damaged ones too, newest first."""
+    numbers = [path.name.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*")]
+    steps = sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
+    return [folder / f"{PREFIX}{step}" for step in steps]
 
 
 def read_progress(checkpoint: Path) -> Progress:
     """Where the run stood when `checkpoint` was written."""
-    record = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    return Progress(**{name: record[name] for name in Progress._fields})
+    return _progress_of(json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+
+
+def read_settings(checkpoint: Path) -> dict[str, Any]:
+    """The `settings` that `checkpoint` was written with."""
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["settings"]
 
 
 def read_untrained(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -162,9 +204,23 @@ def clear_leftovers(folder: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    _flush(partial)
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        _flush(partial)
+        partial.replace(path)
+    except OSError as error:  # of a full disk it names no file
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _progress_of(record: dict[str, Any]) -> Progress:
+    return Progress(
+        **{
+            name: record[name]
+            for name in Progress._fields
+            if name in record or name not in Progress._field_defaults
+        }
+    )
 
 
 def _problem(checkpoint: Path) -> str:
@@ -172,7 +228,7 @@ def _problem(checkpoint: Path) -> str:
     try:
         record = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         files = record["files"]
-        Progress(**{name: record[name] for name in Progress._fields})
+        _progress_of(record)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its state.json is missing or unreadable ({type(error).__name__})"
     for name, size in files.items():

@@ -4,12 +4,17 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+# How many processes a launcher started that leaves the rest to others.
+STEP_SIZES = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
+MEETING_POINT = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class World(NamedTuple):
@@ -30,11 +35,14 @@ def join_world(local_rank: int | None = None) -> World:
 
     Works under `deepspeed`, torchrun, Slurm with RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR set,
     and without any launcher (one process). `local_rank` is the launcher's --local_rank, if any.
+
+    Raises ValueError where the environment names no meeting point, or only a part of one.
     """
-    if "RANK" not in os.environ:
-        _stand_alone()
     if local_rank is not None and local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    _check_environment()
+    if "RANK" not in os.environ:
+        _stand_alone()
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would warn that it finds no other
     import deepspeed
@@ -62,6 +70,26 @@ def join_world(local_rank: int | None = None) -> World:
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
+def _check_environment() -> None:
+    """ValueError for processes that would not find each other: each would do the whole run."""
+    if "RANK" in os.environ:
+        missing = [name for name in MEETING_POINT if name not in os.environ]
+        if missing:
+            raise ValueError(
+                f"the environment sets RANK, but not {', '.join(missing)}: start with torchrun or "
+                "deepspeed (see --help), or set them all"
+            )
+        return
+    for name, launcher in STEP_SIZES.items():
+        size = os.environ.get(name, "1")
+        if size != "1":
+            raise ValueError(
+                f"{launcher} started {size} processes ({name}) without RANK, WORLD_SIZE, ... in "
+                "their environment: each would train alone into the same --output; let it start "
+                "one torchrun per machine (see --help)"
+            )
+
+
 def _stand_alone() -> None:
     """What a launcher would have put into the environment, for one process."""
     with socket.socket() as probe:
@@ -85,6 +113,26 @@ def gather_lists(items: Sequence[Any], world: World) -> list[Any]:
     parts: list[list[Any]] = [[] for _ in range(world.size)]
     dist.all_gather_object(parts, list(items))
     return [item for part in parts for item in part]
+
+
+@contextmanager
+def naming_lost_peers(world: World) -> Iterator[None]:
+    """What communication says when another process of the run has ended, as one clear line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world.size == 1 or not is_lost_peer(error):
+            raise
+        raise ConnectionError(
+            "another process of the run has ended or cannot be reached, its own message says why; "
+            f"pass --resume to go on from the last checkpoint ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether `error` comes from gloo or nccl rather than from this process's own work."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def leave(code: int) -> NoReturn:

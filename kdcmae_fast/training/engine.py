@@ -11,7 +11,7 @@ from kdcmae_fast.config import RunConfig
 from kdcmae_fast.config_file import Settings
 from kdcmae_fast.data import BadClip
 from kdcmae_fast.training import checkpoint, report
-from kdcmae_fast.training.distributed import World, gather_lists, join_world
+from kdcmae_fast.training.distributed import World, gather_lists, join_world, naming_lost_peers
 from kdcmae_fast.training.optimizers import set_learning_rate
 from kdcmae_fast.training.profiling import profiler
 from kdcmae_fast.training.run import Run, batches_of, prepare, tracker_of
@@ -50,7 +50,7 @@ def run_task(
     loss is not finite.
     """
     world = join_world()
-    with StopRequest() as stop:
+    with StopRequest() as stop, naming_lost_peers(world):
         run = prepare(task, deepspeed, output, world, resume=resume)
         if run is None:
             logger.info("%s: the run is finished, nothing to do", output)
@@ -66,7 +66,7 @@ def train(run: Run, stop: StopRequest, *, profile: bool) -> bool:
     total = run.length.total_steps
     task = run.task
     front_end = task.front_end()
-    meter = Meter(run.length, run.world, run.first_step)
+    meter = Meter(run.length, run.world, run.first_step, skipped=run.engine.skipped_steps)
     contrast_over = run.config.train.contrast_over
     new_bad: list[BadClip] = []
     with (
@@ -96,10 +96,9 @@ def train(run: Run, stop: StopRequest, *, profile: bool) -> bool:
 
             # From here on the host waits for the device and the ranks agree on what happened.
             flags = {"bad": len(new_bad), "stop": int(stop.requested)}
+            gradients = meter.gradients(done, run.engine)
             record, counts = meter.record(done, losses, lr, flags)
-            norm = run.engine.get_global_grad_norm()
-            if norm is not None:
-                record["grad_norm"] = float(norm)
+            record.update(gradients)
             if epoch:  # before the checkpoint: a run killed in between does it again
                 record.update(task.end_epoch(run, epoch))
                 meter.restart()
@@ -125,6 +124,7 @@ def save(run: Run, step: int) -> None:
         samples_per_step=run.length.samples_per_step,
         zero_stage=run.engine.zero_optimization_stage(),
         bad_clips=[list(row) for row in run.bad_clips.rows()],
+        num_clips=len(run.dataset),
     )
     checkpoint.save_checkpoint(
         run.engine,

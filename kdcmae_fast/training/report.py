@@ -10,6 +10,8 @@ from kdcmae_fast.data import BadClip
 from kdcmae_fast.training.checkpoint import write_text
 from kdcmae_fast.training.tracking import LOSSES
 
+RUNS = ("pretrain", "finetune")  # commands whose metrics.json marks a finished run
+
 
 def write_config(output: Path, settings: Mapping[str, Any]) -> None:
     """config.json: resolved settings, versions and commit."""
@@ -46,11 +48,32 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def finished_steps(output: Path) -> int | None:
     """Steps of the finished run in `output`; None if there is none."""
+    path = output / "metrics.json"
     try:
-        record = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    return record["steps"]
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    return record.get("steps") if record.get("command") in RUNS else None
+
+
+def is_finished(output: Path, total_steps: int, *, resume: bool, has_checkpoints: bool) -> bool:
+    """Whether the run in `output` is done with its `total_steps` and may be left as it is.
+
+    ValueError where another run would replace a finished one whose checkpoints were removed.
+    """
+    steps = finished_steps(output)
+    if steps is None:
+        return False
+    if resume and steps == total_steps:
+        return True
+    if not has_checkpoints:
+        raise ValueError(
+            f"{output} holds a finished run of {steps} steps without its checkpoints; give another "
+            f"--output (train.init_from={output / 'model'} starts from its weights)"
+        )
+    return False
 
 
 def _losses(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,6 +58,7 @@ def prepare(
     _check_attention(config.model.attention_impl, world, bf16=deepspeed_config.uses_bf16(deepspeed))
     check_modalities(config)
     start = run_folder.find_checkpoint(output, resume=resume)
+    run_folder.check_same_start(output, start, world)
     if start is not None:
         run_folder.check_same_run(output, config)
     dataset = task.open_clips()
@@ -68,18 +69,25 @@ def prepare(
         accumulation=deepspeed_config.accumulation_of(deepspeed),
     )
     task.check(length)
-    if start is not None and report.finished_steps(output) == length.total_steps:
+    if report.is_finished(
+        output, length.total_steps, resume=resume, has_checkpoints=start is not None
+    ):
         return None
     zero_stage = deepspeed_config.zero_stage_of(deepspeed)
-    progress = None if start is None else checkpoint.read_progress(start)
-    if progress is not None:
-        run_folder.check_layout(progress, length, zero_stage)
+    progress = None
+    if start is not None:
+        progress = checkpoint.read_progress(start)
+        before = checkpoint.read_settings(start)["deepspeed"]
+        run_folder.check_layout(progress, length, zero_stage, num_clips=len(dataset))
+        run_folder.check_deepspeed(before, deepspeed)
+        run_folder.same_negatives(config, before, progress, length, world.size)
     settings = run_folder.all_settings(config, deepspeed)
     dist.barrier()  # every rank has looked before rank 0 writes
     if world.is_main:
         output.mkdir(parents=True, exist_ok=True)
         checkpoint.clear_leftovers(output / "checkpoints")
         report.write_config(output, settings)
+    run_folder.check_shared(output, world)
 
     model = task.initial_model(resumed=start is not None)
     task.connect(model, world)

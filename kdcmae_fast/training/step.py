@@ -15,6 +15,9 @@ from kdcmae_fast.training.contrast import CachedContrast, contrast_over_step
 from kdcmae_fast.training.distributed import World, sum_over_ranks
 from kdcmae_fast.training.schedule import RunLength
 
+STOPS = "; the run stops here. Lower optim.lr, raise optim.warmup, or set ds.gradient_clipping=1.0"
+MAX_LOST = 20  # steps in a row without a finite gradient
+
 
 def train_step(
     engine: Any,
@@ -83,11 +86,33 @@ def stage(name: str) -> Iterator[None]:
 class Meter:
     """Turns a step's device scalars into a record for the logs, the same on every rank."""
 
-    def __init__(self, length: RunLength, world: World, step: int) -> None:
+    def __init__(self, length: RunLength, world: World, step: int, *, skipped: int = 0) -> None:
         self._length = length
         self._world = world
         self._step = step
+        self._skipped = skipped
+        self._lost = 0  # steps in a row
         self._since = time.perf_counter()
+
+    def gradients(self, step: int, engine: Any) -> dict[str, float]:
+        """The norm of the last gradient, for the record; to be called before `record`.
+
+        The engine leaves out steps whose gradient is not finite. Raises FloatingPointError when it
+        took such a step, or when it has left out `MAX_LOST` steps and more without one between.
+        """
+        norm = engine.get_global_grad_norm()
+        finite = norm is None or math.isfinite(norm)
+        if not finite and engine.was_step_applied():
+            raise FloatingPointError(f"step {step}: the gradient is not finite{STOPS}")
+        lost = engine.skipped_steps - self._skipped
+        self._skipped = engine.skipped_steps
+        self._lost = self._lost + lost if lost == step - self._step else 0
+        if self._lost >= MAX_LOST:
+            raise FloatingPointError(
+                f"step {step}: the gradients of the last {self._lost} steps were not finite, and "
+                f"none of them changed the weights{STOPS}"
+            )
+        return {} if norm is None or not finite else {"grad_norm": float(norm)}
 
     def restart(self) -> None:
         """Leave what happened since the last record (a checkpoint, say) out of the clips/s."""
@@ -107,8 +132,7 @@ class Meter:
         for name in sorted(named, key=lambda name: name == "total"):
             if not math.isfinite(named[name]):
                 raise FloatingPointError(
-                    f"step {step}: the loss term {name} is {named[name]}; the run stops here. "
-                    "Lower optim.lr, raise optim.warmup, or set ds.gradient_clipping=1.0"
+                    f"step {step}: the loss term {name} is {named[name]}{STOPS}"
                 )
         seconds = time.perf_counter() - self._since
         rate = (step - self._step) * self._length.samples_per_step / max(seconds, 1e-9)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -86,15 +87,22 @@ def truncate_log(path: Path, last_step: int) -> None:
 
 
 class JsonLines:
-    """log.jsonl: one record per line, flushed."""
+    """log.jsonl: one record per line, whole or not at all."""
 
     def __init__(self, path: Path, start_step: int) -> None:
         truncate_log(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = path.open("ab", buffering=0)
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        before = self._file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[self._file.write(line) or 0 :]
+        except OSError as error:  # of a full disk it names no file
+            self._file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def close(self) -> None:
         self._file.close()
@@ -106,7 +114,7 @@ class TensorBoard:
     def __init__(self, folder: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def write(self, record: Record) -> None:
         for name, value in record.items():

@@ -1,5 +1,7 @@
 """Which clips a step sees: the same for any number of workers and ranks, and after a resume."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ import torch
 
 from kdcmae_fast.config import DataConfig, ModelConfig
 from kdcmae_fast.data import Clip, ClipError, RawBatch, TooManyBadClips, make_loader, open_dataset
-from kdcmae_fast.data.loader import MAX_SUBSTITUTES, StepOrder
+from kdcmae_fast.data.loader import MAX_SUBSTITUTES, DatasetLost, StepOrder, WorkerLost
 
 
 class Numbered:
@@ -151,6 +153,32 @@ def test_no_readable_clip_is_a_one_line_error(workers):
     message = str(caught.value)
     assert f"{MAX_SUBSTITUTES + 1} tried of 200" in message and "made bad" in message
     assert "\n" not in message
+
+
+class Vanishing(Numbered):
+    """Its index is deleted, or its reader killed, before the first clip is read."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(20)
+        self.fault = fault
+
+    def read(self, index: int, epoch: int) -> Clip:
+        if self.fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("shards/000001.jsonl: No such file or directory;\n run it again")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_dataset_that_is_gone_is_a_one_line_error(workers):
+    with pytest.raises(DatasetLost) as caught:
+        batches(Vanishing("deleted"), 1, workers=workers)
+    expected = "shards/000001.jsonl: No such file or directory; run it again"
+    assert str(caught.value) == expected
+
+
+def test_a_worker_that_is_killed_is_named():
+    with pytest.raises(WorkerLost, match=r"^a loader process has died \(.*data.num_workers sets"):
+        batches(Vanishing("killed"), 1, workers=1)
 
 
 @pytest.mark.parametrize(
