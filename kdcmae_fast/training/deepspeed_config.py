@@ -84,21 +84,28 @@ def zero_stage_of(config: Mapping[str, Any]) -> int:
 
 
 def check_zero_settings(config: Mapping[str, Any]) -> None:
-    """ValueError for what DeepSpeed would not take under zero_optimization; imports DeepSpeed."""
+    """ValueError for what DeepSpeed would not take under zero_optimization or bf16; imports it."""
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    _check_group("zero_optimization", config, DeepSpeedZeroConfig)
+    _check_group("bf16", config, DeepSpeedBF16Config)
+
+
+def _check_group(group: str, config: Mapping[str, Any], kind: Any) -> None:
     from pydantic import ValidationError
 
     try:
-        DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
+        kind(**config.get(group, {}))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         word = ".".join(map(str, first["loc"]))
         problem = first["msg"]
         if first["type"] == "extra_forbidden":
-            hint = did_you_mean(word, list(DeepSpeedZeroConfig.model_fields))
+            hint = did_you_mean(word, list(kind.model_fields))
             problem = f"unknown DeepSpeed setting{hint}"
         value = first["input"]
-        raise ValueError(f"ds.zero_optimization.{word}={value}: {problem}") from None
+        raise ValueError(f"ds.{group}.{word}={value}: {problem}") from None
 
 
 def for_engine(config: Mapping[str, Any], *, load_universal: bool) -> Settings:
@@ -149,7 +156,7 @@ def _check_values(config: Mapping[str, Any], origins: Mapping[str, str], path: s
     if not isinstance(enabled, bool):
         raise ValueError(f"{origins['bf16']}: bf16.enabled={enabled}: expected true or false")
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in ZERO_STAGES:
+    if type(stage) is not int or stage not in ZERO_STAGES:
         where = origins["zero_optimization"]
         raise ValueError(f"{where}: zero_optimization.stage={stage}: expected 0, 1, 2 or 3")
     if stage == 0 and enabled:

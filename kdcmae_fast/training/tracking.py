@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -55,7 +56,7 @@ def open_tracker(
         TensorBoard(output / "tensorboard", start_step),
     ]
     if wandb:
-        sinks.append(WeightsAndBiases(output, settings))
+        sinks.append(WeightsAndBiases(output, start_step, settings))
     show: Sink = Lines(total_steps)
     if sys.stderr.isatty():
         show = Bar(start_step, total_steps)
@@ -127,13 +128,20 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A W&B run named after the output folder."""
+    """A W&B run named after the output folder; a resumed run goes on in it, by its wandb_id."""
 
-    def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, output: Path, start_step: int, settings: Mapping[str, Any]) -> None:
         import wandb
 
+        known = output / "wandb_id"
+        if start_step == 0 or not known.exists():
+            known.write_text(secrets.token_hex(8), encoding="utf-8")
         self._run = wandb.init(
-            dir=str(output), name=output.name, config=dict(settings), resume="allow"
+            id=known.read_text(encoding="utf-8"),
+            dir=str(output),
+            name=output.name,
+            config=dict(settings),
+            resume="allow",
         )
 
     def write(self, record: Record) -> None:
@@ -167,11 +175,13 @@ class Lines:
         self._total_steps = total_steps
 
     def write(self, record: Record) -> None:
-        seconds = int(record["seconds_left"])
+        minutes, seconds = divmod(int(record["seconds_left"]), 60)
+        left = f"{minutes}:{seconds:02}"
+        if minutes >= 60:
+            left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
         logger.info(
-            "step %d/%d  %s  %d:%02d left",
-            record["step"], self._total_steps, _summary(record), seconds // 60, seconds % 60,
-        )  # fmt: skip
+            "step %d/%d  %s  %s left", record["step"], self._total_steps, _summary(record), left
+        )
 
     def close(self) -> None:
         pass

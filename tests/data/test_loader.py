@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import dataloader
 
 from kdcmae_fast.config import DataConfig, ModelConfig
 from kdcmae_fast.data import Clip, ClipError, RawBatch, TooManyBadClips, make_loader, open_dataset
@@ -176,7 +177,9 @@ def test_a_dataset_that_is_gone_is_a_one_line_error(workers):
     assert str(caught.value) == expected
 
 
-def test_a_worker_that_is_killed_is_named():
+def test_a_worker_that_is_killed_is_named(monkeypatch):
+    look = dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(look, "__defaults__", (0.2,))  # seconds between looks at the workers
     with pytest.raises(WorkerLost, match=r"^a loader process has died \(.*data.num_workers sets"):
         batches(Vanishing("killed"), 1, workers=1)
 

@@ -11,6 +11,7 @@ import torch
 
 from kdcmae_fast.config_file import load_config
 from kdcmae_fast.training import checkpoint, report, run_folder, tracking
+from kdcmae_fast.training.deepspeed_config import check_deepspeed_config
 from kdcmae_fast.training.distributed import World, join_world, naming_lost_peers
 from kdcmae_fast.training.schedule import RunLength
 from kdcmae_fast.training.step import MAX_LOST, Meter
@@ -145,6 +146,13 @@ def test_deepspeed_settings_of_a_resumed_run(caplog):
     assert caplog.messages == ["ds.gradient_clipping was None, is now 0.5"]
     with pytest.raises(ValueError, match=r"bf16.enabled=true.*; pass ds.bf16.enabled=true"):
         run_folder.check_deepspeed(before, {**before, "bf16": {"enabled": False}})
+
+
+@pytest.mark.parametrize("stage", [True, 2.0])
+def test_a_zero_stage_is_a_whole_number(stage):
+    settings = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage}}
+    with pytest.raises(ValueError, match=rf"^a.json: zero_optimization.stage={stage}: expected 0"):
+        check_deepspeed_config(settings, [], "a.json")
 
 
 @pytest.mark.parametrize(

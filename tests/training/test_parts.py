@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +34,8 @@ def test_lines_and_bar(caplog, capsys):
     caplog.set_level("INFO")
     tracking.Lines(10).write(RECORD)
     assert caplog.messages == ["step 3/10  total 1.5  9.0 clips/s  1:01 left"]
+    tracking.Lines(10).write({**RECORD, "seconds_left": 90_061.0})
+    assert caplog.messages[1].endswith("  25:01:01 left")
     bar = tracking.Bar(2, 10)
     bar.write(RECORD)
     bar.close()
@@ -42,6 +46,16 @@ def test_lines_and_bar(caplog, capsys):
 def test_wandb_absent():
     with pytest.raises(ValueError, match="train.wandb=True: wandb is not installed"):
         tracking.require_wandb()
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(monkeypatch, tmp_path):
+    runs = []
+    stand_in = SimpleNamespace(init=lambda **options: runs.append(options))
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    for start_step in (0, 4, 0):
+        tracking.WeightsAndBiases(tmp_path, start_step, {})
+    first, resumed, anew = (run["id"] for run in runs)
+    assert first == resumed != anew
 
 
 @pytest.fixture

@@ -170,16 +170,17 @@ def test_a_spoilt_config_is_named(tmp_path, text, problem):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "problem"),
+    ("group", "key", "value", "problem"),
     [
-        ("stagee", 2, "unknown DeepSpeed setting; did you mean stage"),
-        ("reduce_bucket_size", -3, "Input should be greater than"),
+        ("zero_optimization", "stagee", 2, "unknown DeepSpeed setting; did you mean stage"),
+        ("zero_optimization", "reduce_bucket_size", -3, "Input should be greater than"),
+        ("bf16", "enable", 1, "unknown DeepSpeed setting; did you mean enabled"),
     ],
 )
-def test_zero_settings_are_checked(key, value, problem):
-    check_zero_settings({"zero_optimization": {"stage": 2}})
-    with pytest.raises(ValueError, match=f"ds.zero_optimization.{key}={value}: {problem}"):
-        check_zero_settings({"zero_optimization": {key: value}})
+def test_zero_settings_are_checked(group, key, value, problem):
+    check_zero_settings({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}})
+    with pytest.raises(ValueError, match=f"ds.{group}.{key}={value}: {problem}"):
+        check_zero_settings({group: {key: value}})
 
 
 def test_a_damaged_checkpoint_is_named(launch, reference, tmp_path):
