@@ -9,7 +9,7 @@ from torch import distributed as dist
 
 from kdcmae_fast.config import RunConfig
 from kdcmae_fast.config_file import Settings
-from kdcmae_fast.data import BadClip
+from kdcmae_fast.data import BadClip, TooManyBadClips
 from kdcmae_fast.training import checkpoint, report
 from kdcmae_fast.training.distributed import World, gather_lists, join_world, naming_lost_peers
 from kdcmae_fast.training.optimizers import set_learning_rate
@@ -173,13 +173,20 @@ def _learning_rate(run: Run, step: int) -> float:
 
 
 def _report_bad_clips(run: Run, mine: list[BadClip], step: int) -> None:
-    """Merge the ranks' bad clips, name the new ones, stop everywhere when there are too many."""
+    """Merge the ranks' bad clips, name the new ones, stop everywhere when there are too many.
+
+    What was learned until then is saved, to go on from with a higher limit or repaired clips.
+    """
     new = run.bad_clips.add(BadClip(*row) for row in gather_lists(mine, run.world))
     if run.world.is_main:
         report.write_bad_clips(run.output, run.bad_clips.rows())
         for clip in new:
             logger.warning("bad clip %s: %s", clip.video_id, clip.reason)
-    run.bad_clips.check(step * run.length.samples_per_step)
+    try:
+        run.bad_clips.check(step * run.length.samples_per_step)
+    except TooManyBadClips:
+        save(run, step)
+        raise
 
 
 def _due(step: int, every: int) -> bool:

@@ -22,7 +22,8 @@ from kdcmae_fast.training.schedule import RunLength
 FREE = (
     "train.steps", "train.epochs", "train.log_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.wandb", "train.init_from",
-    "data.num_workers", "data.path", "data.label_csv",
+    "data.num_workers", "data.path", "data.label_csv", "data.max_bad_share",
+    "model.activation_checkpointing", "model.attention_impl",
     "train.keep_epochs", "data.eval_path", "data.eval_clips", "data.eval_frames",
     "data.eval_batch_size",
 )  # fmt: skip

@@ -7,6 +7,9 @@ import pytest
 import soundfile
 from PIL import Image
 
+from kdcmae_fast.training.checkpoint import complete_checkpoints, read_progress
+from kdcmae_fast.training.report import read_log
+
 RATE = 16_000
 
 
@@ -45,5 +48,8 @@ def test_bad_clips_are_named_and_limited(launch, manifest, tmp_path):
     for video_id, reason in reasons.items():
         assert text.count(f"bad clip {video_id}: {reason}") == 1
 
-    text = launch.run(tmp_path / "strict", *settings, "data.max_bad_share=0.1", batch=4, code=1)
+    strict = tmp_path / "strict"
+    text = launch.run(strict, *settings, "data.max_bad_share=0.1", batch=4, code=1)
     assert "error: 2 bad clips among" in text and "data.max_bad_share=0.1 allows" in text
+    (saved,) = complete_checkpoints(strict / "checkpoints")
+    assert read_progress(saved).step == read_log(strict / "log.jsonl")[-1]["step"]
