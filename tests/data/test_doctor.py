@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +20,6 @@ from kdcmae_fast.data import (
 from kdcmae_fast.data.bad import BadClip
 from kdcmae_fast.data.doctor import Diagnosis, examine
 from kdcmae_fast.data.doctor.diagnosis import choose, write_diagnosis
-from kdcmae_fast.data.doctor.media_checks import bad_interval, kind_of
-from kdcmae_fast.data.doctor.probe import ClipFacts, FbankSums, Properties
 
 soundfile = pytest.importorskip("soundfile")
 Image = pytest.importorskip("PIL.Image")
@@ -180,12 +177,6 @@ def test_a_sample_says_how_sure_it_is(tree):
     indexes = [fact.index for fact in diagnosis.facts]
     assert indexes == choose(20, 10) and indexes == sorted(set(indexes))
     assert choose(5, 10) == choose(5, None) == range(5)
-
-
-def test_the_interval_is_wilsons():
-    low, high = bad_interval(5, 100)
-    assert (low, high) == pytest.approx((0.02154, 0.11175), abs=1e-5)  # tabulated
-    assert bad_interval(0, 10)[0] == 0 and bad_interval(10, 10)[1] == pytest.approx(1)
 
 
 def test_ten_frames_and_sixteen(tree):
@@ -354,13 +345,6 @@ def test_reading_more_epochs_sees_more_windows(tree):
     assert counts[8] == 1 >= counts[1]
 
 
-def test_reasons_of_the_readers_have_a_kind():
-    assert kind_of("x.wav: cannot decode the sound: Error") == "damaged"
-    assert kind_of("no audio stream") == "no audio stream"
-    assert kind_of("sound is 0.20 s long, less than 0.4 s") == "too short"
-    assert kind_of("something new") == "other"
-
-
 def test_folder_of_videos(tmp_path, make_video):
     make_video(tmp_path / "a.mp4", seconds=1.2)
     make_video(tmp_path / "b ü.mp4", seconds=1.2, rate=48_000, layout="mono")
@@ -391,15 +375,3 @@ def test_files_it_writes(tree, tmp_path):
     assert [clip["video_id"] for clip in report["bad_clips"]] == ["clip1"]
     assert report["clips_of_each_class"] == {"a": 2, "b": 2}
     assert "No such file" in report["bad_clips"][0]["reason"]
-
-
-def test_facts_without_a_value_do_not_break_the_plots(tmp_path):
-    pytest.importorskip("matplotlib")
-    facts = [ClipFacts(0, "x", "", Properties(), 0.0, 0.0, 0, FbankSums(1, 0.0, 0.0))]
-    bad = ClipFacts(1, "y", "damaged", Properties(seconds=math.nan))
-    diagnosis = Diagnosis(
-        "p", DataConfig(), MODEL, [], 2, [*facts, bad], {f"{i}": i for i in range(50)}
-    )
-    assert write_diagnosis(diagnosis, tmp_path, plots=True)[2:] == ["levels.png", "classes.png"]
-    diagnosis.histogram, diagnosis.names = {"a": 1, "b": 2}, {"a": "$x^$ & same", "b": "$"}
-    assert "classes.png" in write_diagnosis(diagnosis, tmp_path, plots=True)
