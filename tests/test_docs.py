@@ -16,7 +16,7 @@ from kdcmae_fast.cli import COMMANDS, SCRIPTS, build_parser
 from kdcmae_fast.config import RunConfig
 from kdcmae_fast.convert import export_published
 from kdcmae_fast.data.shards import PreparedClip, finish_dataset, write_shard
-from kdcmae_fast.evaluation import ClipBoxes, ClipFeatures, save_features
+from kdcmae_fast.evaluation import ClipFeatures, save_features
 from kdcmae_fast.finetune_config import FinetuneRunConfig
 from kdcmae_fast.models import Batch, build_model
 from kdcmae_fast.training.script import _parser
@@ -81,8 +81,7 @@ def workplace(tmp_path, monkeypatch):
         "model": model, "fbank": torch.randn(2, 96, 128), "frames": torch.randn(2, 3, 32, 32),
         "batch": Batch(torch.randn(2, 96, 128), torch.randn(2, 3, 32, 32), torch.arange(2)),
         "features": torch.randn(40, 8), "labels": torch.from_numpy(labels),
-        "train": np.arange(30), "test": np.arange(30, 40), "pictures": np.random.rand(2, 32, 32),
-        "boxes": [ClipBoxes(clip, ((0.1, 0.1, 0.6, 0.6),), frame=1.0) for clip in "ab"],
+        "train": np.arange(30), "test": np.arange(30, 40),
     }  # fmt: skip
 
 

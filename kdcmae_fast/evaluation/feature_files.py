@@ -114,7 +114,7 @@ def _into(path: Path, save: Callable[..., None], data: Any) -> None:
 
 
 def _savez(file: BinaryIO, arrays: Mapping[str, NDArray[Any]]) -> None:
-    np.savez(file, allow_pickle=False, **arrays)
+    np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def _read(path: Path) -> Mapping[str, NDArray[Any]]:

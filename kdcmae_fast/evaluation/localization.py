@@ -109,8 +109,8 @@ def localize(
     if not tally.scored:
         raise ValueError(f"none of the {len(chosen)} clips could be used; first: {left_out[0]}")
     files = writer.finish(tally.scored)
-    metrics: dict[str, Any] = {}
-    if processes.is_main:
+
+    def written() -> dict[str, Any]:
         metrics = {
             "command": "localize",
             **opened.described,
@@ -120,7 +120,9 @@ def localize(
             **listed_bad(left_out),
         }
         write_metrics(metrics, output)
-    return processes.share(metrics)
+        return metrics
+
+    return processes.on_first(written)
 
 
 @torch.no_grad()

@@ -70,7 +70,11 @@ def read_prior(path: str) -> PriorMaps:
             f"--prior {path} is not there; give colour, tokens or an .npz file of maps"
         ) from None
     except (ValueError, BadZipFile, AttributeError, OSError) as error:
-        raise ValueError(f"--prior {path} is no .npz file of maps: {error}") from None
+        # Not NumPy's own words: of a file with pickles they advise to load those.
+        raise ValueError(
+            f"--prior {path} is no .npz file of maps ({type(error).__name__}); "
+            "numpy.savez(path, **{clip name: (h, w) array}) writes one"
+        ) from None
     bad = next((name for name, m in maps.items() if m.ndim != 2), None)
     if bad is not None:
         raise ValueError(f"--prior {path}: the map of {bad} must be (h, w), is {maps[bad].shape}")
